@@ -68,6 +68,7 @@ def load(options, dtype, device):
     torch.manual_seed(0)
     config = AutoConfig.for_model(shape.pop("model_type"), **shape, bos_token_id=1, eos_token_id=2, pad_token_id=0)
     with device: model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    model.config._name_or_path = f"random weights, {Path(options.random_config).stem}"
     return model, tiny_tokenizer()
 
 
@@ -262,8 +263,8 @@ def forget():
 
 
 def compiled_graphs() -> int:
-    import torch._dynamo.utils
-    return torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    utils = sys.modules.get("torch._dynamo.utils")
+    return utils.counters["stats"]["unique_graphs"] if utils else 0
 
 
 def worker(options) -> dict:
@@ -300,13 +301,15 @@ def machine(device) -> dict:
     import importlib.metadata as metadata
 
     import torch
+
+    import ftkit
     cpu = platform.processor() or platform.machine()
     info = Path("/proc/cpuinfo")
     lines = dict(line.split(":", 1) for line in info.read_text().split("\n\n")[0].splitlines() if ":" in line) if info.exists() else {}
     lines = {k.strip(): v.strip() for k, v in lines.items()}
     flags = [f for f in ("avx2", "avx512f", "avx512_bf16", "amx_bf16", "asimd", "bf16") if f in lines.get("flags", lines.get("Features", "")).split()]
-    found = {}
-    for package in "ftkit torch transformers peft trl datasets accelerate".split():
+    found = {"ftkit": ftkit.__version__}
+    for package in "torch transformers peft trl datasets accelerate".split():
         try: found[package] = metadata.version(package)
         except metadata.PackageNotFoundError: pass
     gpu = torch.cuda.get_device_name(0) if device.type == "cuda" else None
@@ -368,7 +371,7 @@ def summary(runs: list[dict], kind: str) -> dict:
 
 def print_summary(kind: str, found: dict):
     rates = ", ".join(f"{name} {value:,.0f}" if value >= 10 else f"{name} {value:.1f}" for name, value in found["matrix_product_gflops"].items())
-    print(f"\n{kind} rows (matrix product, GFLOP/s, best in this run: {rates})")
+    print(f"\n{kind} rows (matrix product, GFLOP/s, best seen in this run: {rates})")
     print(f"{'':3}{'recipe':26}{'format':10}{'real':>9}{'trained':>9}{'padded':>9}  tokens/s  {'of peak':>8}{'GiB':>7}{'mean':>8}{'final':>8}  loss"
           f"{'grad norm':>20}{'seconds':>9}{'warm-up':>9}")
     for recipe, r in found["recipes"].items():

@@ -101,12 +101,16 @@ def check_writable(
     folder: str | Path,  # where runs are to be made; need not exist yet
 ) -> None:
     "Make sure that something can be made in `folder`, or in what is there of it; `FtkitError` if not. Leaves nothing behind."
-    there = Path(folder).absolute()
-    try:
-        while not os.path.lexists(there): there = there.parent
-        os.rmdir(tempfile.mkdtemp(prefix=".ftkit-", dir=there))
+    try: os.rmdir(tempfile.mkdtemp(prefix=".ftkit-", dir=_existing(Path(folder).absolute())))
     except OSError as error:
         raise FtkitError(f"cannot write to the output folder {folder}: {error.strerror}; choose another one") from None
+
+
+def _existing(path: Path) -> Path:
+    while True:
+        try: os.lstat(path)
+        except FileNotFoundError: path = path.parent
+        else: return path
 
 # %% ../nbs/91_cli.ipynb #read-data
 def _read_data(path: str, held_out: int | float | None, seed: int, skip_bad: bool) -> tuple[list, list, str]:

@@ -36,8 +36,8 @@ def _text(fields: dict, field: str, where: str = "") -> str:
     value = fields.get(field)
     if value is None: raise FtkitError(f"field '{where}{field}' is missing")
     if not isinstance(value, str): raise FtkitError(f"field '{where}{field}' is {_kind(value)}, not text")
-    if any("\ud800" <= character <= "\udfff" for character in value):
-        raise FtkitError(f"field '{where}{field}' holds half of a surrogate pair, which is no character")
+    try: value.encode()
+    except UnicodeEncodeError: raise FtkitError(f"field '{where}{field}' holds half of a surrogate pair, which is no character") from None
     return value
 
 # %% ../nbs/00_data.ipynb #alpaca

@@ -79,7 +79,8 @@ def run_demo(
     "Score the base model, train it on the tickets with LoRA, score it again, draw the loss; print it all."
     from ftkit.lora import add_lora
     from ftkit.models import generate, load_model
-    from ftkit.train import Run, plot_losses
+    from ftkit.report import plot_losses
+    from ftkit.train import Run
 
     start, (train, held_out) = time.perf_counter(), tickets()
     model, tokenizer = load_model("smollm2-135m")
@@ -89,6 +90,7 @@ def run_demo(
     model = add_lora(model, rank=16, targets="attention", seed=42)
     options = DEMO if steps is None else {**DEMO, "max_steps": steps}
     run = Run(model, tokenizer, train, held_out, name=name, root=out, prompts=held_out[:3], **options).fit()
+    if run.state == "interrupted": return dict(run=run, folder=run.folder)
     print(f"the tuned model answers the same {len(held_out)} messages ...")
     after = ask()
     facts = dict(run=run, folder=run.folder, base=score(before, held_out), tuned=score(after, held_out), seconds=time.perf_counter() - start)

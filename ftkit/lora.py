@@ -52,9 +52,10 @@ def _last_names(names) -> str:
 def _named(layers: dict, targets: list[str]) -> list[str]:
     "Check a user's own list of name endings against the layers there are."
     unknown = [t for t in targets if not any(f".{name}".endswith(f".{t}") for name in layers)]
-    if unknown:
+    if unknown or not targets:
+        problem = f"unknown target module {', '.join(map(repr, unknown))}" if unknown else "no target module given"
         raise FtkitError(
-            f"unknown target module {', '.join(map(repr, unknown))}: the linear layers of this model are {_last_names(layers)}"
+            f"{problem}: the linear layers of this model are {_last_names(layers)}"
             " (or say 'attention' or 'all-linear')"
         )
     return list(targets)
@@ -265,6 +266,8 @@ def _misfit(model, shapes: dict[str, tuple]) -> str | None:
         here = _shape(layers[name])[factor == "A"]
         if here != there:
             return f"{name} has {here} {side} here and {there} in the adapter"
+    if not any(map(_FACTOR.fullmatch, shapes)):
+        return "its file holds no LoRA matrices"
 
 # %% ../nbs/01_lora.ipynb #same-name
 def _same_name(one: str | None, other: str | None) -> bool:

@@ -138,12 +138,17 @@ def no_star_imports(notebooks: list[Notebook]) -> list[str]:
 
 
 def import_cells_hold_imports_only(notebooks: list[Notebook]) -> list[str]:
-    "Processing the docs runs every cell with an import at its top level: such a cell holds nothing else."
-    problems = []
+    """Processing the docs runs every exported cell, and every other cell that holds an import, inside a function too, however
+    long it takes: so imports stand in cells of their own, and what is run beside a nested import is moved to the next cell."""
+    imports, defines, problems = (ast.Import, ast.ImportFrom), (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef), []
     for notebook in notebooks:
         for cell in notebook.code:
-            is_import = [isinstance(node, (ast.Import, ast.ImportFrom)) for node in cell.tree.body]
-            if any(is_import) and not all(is_import):
+            if cell.directives.get("eval") == "false":
+                continue
+            top = [node for node in cell.tree.body if isinstance(node, imports)]
+            nested = not cell.is_exported and any(isinstance(node, imports) for node in ast.walk(cell.tree))
+            allowed = imports if top else defines
+            if (top or nested) and not all(isinstance(node, allowed) for node in cell.tree.body):
                 problems.append(f"{notebook.where(cell)} mixes imports with other code")
     return problems
 

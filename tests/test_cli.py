@@ -14,8 +14,8 @@ from ftkit.cli import main, run_report
 from ftkit.control import Journal, read_journal
 from layout import ROOT
 
-STEPS = 200
-TRAINING = ["--steps", str(STEPS), "--checkpoint-every", "20", "--evaluate-every", "100", "--batch-size", "4", "--lr", "1e-3"]
+STEPS = 120
+TRAINING = ["--steps", str(STEPS), "--checkpoint-every", "20", "--evaluate-every", "60", "--batch-size", "4", "--lr", "1e-3"]
 WORDS = "stressed drawer lager repaid warts gums parts live reward diaper straw smug decaf knits pals spoons star tips wolf deer loops mood pools stop".split()
 
 
@@ -115,7 +115,7 @@ def test_train_leaves_what_it_names(whole):
     folder, result = whole
     for name in ("config.yaml", "journal.jsonl", "losses.png", "adapter/adapter_config.json", "adapter/README.md"):
         assert (folder / name).exists(), name
-    for text in (f"steps          {STEPS}", "loss", "held-out loss", "tokens", "runs/whole/adapter", "runs/whole/losses.png", "ftkit resume runs/whole --steps 400"):
+    for text in (f"steps          {STEPS}", "loss", "held-out loss", "tokens", "runs/whole/adapter", "runs/whole/losses.png", f"ftkit resume runs/whole --steps {2 * STEPS}"):
         assert text in result.output
     assert result.output.rstrip().endswith(run_report("runs/whole"))
     assert [event["step"] for event in read_journal(folder) if event["what"] == "step"] == list(range(1, STEPS + 1))
@@ -146,7 +146,7 @@ def test_a_run_repeats_from_its_own_config(whole):
 def test_a_finished_run_is_not_begun_again(whole):
     before = (whole[0] / "journal.jsonl").read_bytes()
     result = ftkit("resume", whole[0])
-    assert result.exit_code == 0 and "is finished, at step 200" in result.output
+    assert result.exit_code == 0 and f"is finished, at step {STEPS}" in result.output
     assert (whole[0] / "journal.jsonl").read_bytes() == before
 
 
@@ -325,9 +325,8 @@ def test_a_run_without_a_sound_checkpoint(place, tmp_path):
 @pytest.mark.parametrize("state, code", [("finished", 0), ("stopped", 3), ("interrupted", 130)])
 def test_demo(place, monkeypatch, state, code):
     from types import SimpleNamespace
-    import ftkit.demo
     calls = []
-    monkeypatch.setattr(ftkit.demo, "run_demo", lambda **options: calls.append(options) or dict(run=SimpleNamespace(state=state)))
+    monkeypatch.setattr("ftkit.demo.run_demo", lambda **options: calls.append(options) or dict(run=SimpleNamespace(state=state)))
     assert ftkit("demo", "--steps", "2", "--out", "runs").exit_code == code
     assert calls[0]["steps"] == 2 and str(calls[0]["out"]) == "runs"
 
@@ -391,7 +390,7 @@ def test_steered_from_another_process(place):
         assert steer("resume").exit_code == 0
         wait_for_step(child, folder, paused_at + 3)
         after = [event for event in read_journal(folder) if event["what"] == "step" and event["step"] > paused_at]
-        assert all(event["learning_rate"] == 1e-5 < event["scheduled_learning_rate"] for event in after)
+        assert all(event["learning_rate"] == 1e-5 != event["scheduled_learning_rate"] for event in after)
         assert steer("lr=schedule").exit_code == 0 and steer("stop").exit_code == 0
         text, _ = child.communicate(timeout=60)
     assert child.returncode == 3 and "Traceback" not in text, text

@@ -104,8 +104,18 @@ def test_star_import_is_found(source, notebooks):
     assert layout.no_star_imports(notebooks(a=[TITLE, code(source)]))
 
 
-def test_mixed_import_cell_is_found(notebooks):
-    assert layout.import_cells_hold_imports_only(notebooks(a=[TITLE, code("import json\nx = 1")]))
+@pytest.mark.parametrize("source", [
+    "import json\nx = 1", "#| export\nimport json\nx = 1", "def f():\n    import json\nf()", "#| slow\nwith a:\n    import json\n    b()",
+])
+def test_mixed_import_cell_is_found(source, notebooks):
+    assert layout.import_cells_hold_imports_only(notebooks(a=[TITLE, code(source)]))
+
+
+@pytest.mark.parametrize("source", [
+    "import json\nfrom os import path", "#| export\ndef f():\n    import json\nx = 1", "def f():\n    import json", "#| eval: false\nimport json\nx = 1",
+])
+def test_import_cells_of_their_own_pass(source, notebooks):
+    assert layout.import_cells_hold_imports_only(notebooks(a=[TITLE, code(source)])) == []
 
 
 @pytest.mark.parametrize("source, missing", [

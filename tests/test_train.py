@@ -13,7 +13,8 @@ from ftkit.checkpoint import checkpoints
 from ftkit.control import send
 from ftkit.data import FtkitError
 from ftkit.models import tiny_model
-from ftkit.train import Run, preflight
+from ftkit.preflight import preflight
+from ftkit.train import Run
 
 WORDS = "stressed drawer lager repaid warts gums decal diaper parts regal sloops smart straw tuber".split()
 RECORDS = [dict(instruction="Say it backwards.", input=word, output=word[::-1]) for word in WORDS]
@@ -104,14 +105,16 @@ def test_steered_through_the_folder_without_a_trace(tmp_path, never_stopped):
     def ask(control):
         for action in ("pause", "sample", "evaluate", "checkpoint", "resume"):
             asked.append(send(run.folder, action))
-    run = new_run(tmp_path, callbacks=(At(2, ask),)).fit()
+    run = new_run(tmp_path, callbacks=(At(2, ask),))
+    run.fit()
     answers = {e["id"]: (e["action"], e["status"], e["step"]) for e in run.history if e["what"] == "control"}
     assert [answers[id] for id in asked] == [(a, "applied", 2) for a in ("pause", "sample", "evaluate", "checkpoint", "resume")]
     assert same(weights(run), weights(never_stopped))
 
 
 def test_a_held_rate_survives_a_resume_and_a_rate_given_at_resume_wins(tmp_path, never_stopped):
-    run = new_run(tmp_path, callbacks=(At(2, lambda control: send(run.folder, "lr=1e-4")), At(4, stop))).fit()
+    run = new_run(tmp_path, callbacks=(At(2, lambda control: send(run.folder, "lr=1e-4")), At(4, stop)))
+    run.fit()
     rates = lambda run: {e["step"]: e["learning_rate"] for e in run.history if e["what"] == "step"}
     assert rates(run)[3] == rates(run)[4] == 1e-4
     assert rates(Run.open(run.folder, *tiny_model("qwen"), quiet=True).fit())[5] == 1e-4
@@ -136,7 +139,7 @@ def test_changed_data_is_refused(tmp_path):
 
 
 def test_hugging_face_options_and_callbacks_still_work(tmp_path):
-    run = new_run(tmp_path, max_steps=12, learning_rate=0.5, eval_steps=1, save_steps=1, load_best_model_at_end=True,
+    run = new_run(tmp_path, max_steps=12, learning_rate=20.0, save_total_limit=1, eval_steps=1, save_steps=1, load_best_model_at_end=True,
                   metric_for_best_model="eval_loss", greater_is_better=False, callbacks=(EarlyStoppingCallback(2),)).fit()
     assert run.step < 12 and run.trainer.state.best_global_step is not None
     assert (run.folder / f"checkpoint-{run.trainer.state.best_global_step}").is_dir()
