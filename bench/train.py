@@ -430,7 +430,7 @@ def main():
         return
     options.steps = options.steps or (3 if options.same_order else 10)
     recipes = options.recipes.split(",") + (["d"] if options.compile else [])
-    if options.same_order: options.rounds, recipes = 1, [r for r in dict.fromkeys(["a", "a0", *recipes]) if r in ("a", "a0", "b", "c")]
+    if options.same_order: options.rounds, recipes = 1, [r for recipe in recipes for r in (("a", "a0") if recipe == "a" else (recipe,))]
     kinds, runs, began = options.data.split(","), [], time.strftime("%Y-%m-%d")
     if unknown := (set(recipes) - set(NAMES)) | (set(kinds) - {"own", "demo"}): raise SystemExit(f"unknown: {', '.join(sorted(unknown))}")
     for number in range(options.rounds):

@@ -111,7 +111,7 @@ def _hidden_states(
 ) -> torch.Tensor:  # (rows, length - prefix, hidden size): of the tokens after the prefix
     decoder, ids, mask = _decoder(model), batch["input_ids"], batch["attention_mask"]
     if not prefix:
-        return decoder(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state
+        return decoder(input_ids=ids, use_cache=False).last_hidden_state  # right-padded and causal: no mask needed
     cache = prefix_cache(model, ids[0, :prefix], len(ids))
     positions = torch.arange(prefix, ids.shape[1], device=ids.device).expand(len(ids), -1)
     return decoder(input_ids=ids[:, prefix:], attention_mask=mask, position_ids=positions,

@@ -22,6 +22,7 @@ import tempfile
 import time
 import urllib.parse
 import urllib.request
+import uuid
 import zipfile
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -215,11 +216,11 @@ def generate(
     "Greedy answers to all `records`, in batches, the shared prefix run once; leaves random state and train/eval mode as they were."
     stop = end_of_turn_ids(tokenizer)
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else stop[0]
-    answer = _generate_plainly if prefix_obstacle(model) and _base(model).config.model_type not in PREFIX_FAMILIES else _greedy
     prompts = [encode_prompt(record, tokenizer) for record in records]
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     texts = [""] * len(prompts)
     with _answering(model):
+        answer = _generate_plainly if prefix_obstacle(model) else _greedy
         for start in range(0, len(order), batch_size):
             rows = order[start : start + batch_size]
             for i, ids in zip(rows, answer(model, [prompts[i] for i in rows], stop, pad, max_new_tokens)):
@@ -271,18 +272,25 @@ def _value(file, kind):
 def _read_gguf(path):
     "`(facts, tensors)` of a GGUF file: a dict of its facts, and name -> (shape, type, place in the file) of its tensors."
     with open(path, "rb") as file:
-        if file.read(4) != b"GGUF" or _number(file, "<I") not in (2, 3):
-            raise FtkitError(f"{path} is not a GGUF file of version 2 or 3")
-        count, facts, tensors = _number(file), {}, {}
-        for _ in range(_number(file)):
-            name = _string(file)
-            facts[name] = _value(file, _number(file, "<I"))
-        for _ in range(count):
-            name = _string(file)
-            shape = [_number(file) for _ in range(_number(file, "<I"))][::-1]  # ggml counts dimensions from the inner one
-            tensors[name] = (shape, _number(file, "<I"), _number(file))
-        step = facts.get("general.alignment", 32)
-        start = -(-file.tell() // step) * step
+        try:
+            return _read_header(file)
+        except (struct.error, KeyError, UnicodeDecodeError, OverflowError, MemoryError, RecursionError):
+            raise FtkitError(f"{path} is not a whole GGUF file of version 2 or 3") from None
+
+
+def _read_header(file):
+    if file.read(4) != b"GGUF" or _number(file, "<I") not in (2, 3):
+        raise KeyError("magic")
+    count, facts, tensors = _number(file), {}, {}
+    for _ in range(_number(file)):
+        name = _string(file)
+        facts[name] = _value(file, _number(file, "<I"))
+    for _ in range(count):
+        name = _string(file)
+        shape = [_number(file) for _ in range(_number(file, "<I"))][::-1]  # ggml counts dimensions from the inner one
+        tensors[name] = (shape, _number(file, "<I"), _number(file))
+    step = facts.get("general.alignment", 32)
+    start = -(-file.tell() // step) * step
     return facts, {name: (shape, kind, start + offset) for name, (shape, kind, offset) in tensors.items()}
 
 # %% ../nbs/00b_models.ipynb #dequantize
@@ -528,14 +536,14 @@ def prepare_demo_model(
     from tqdm.auto import tqdm
 
     folder = cache_dir() / "models" / source.name
-    if _complete(folder):
+    if _complete(folder) and not _left(folder):
         return folder
     with _disk_errors(folder.parent, source.name):
         folder.parent.mkdir(exist_ok=True)
         with _locked(folder.parent / f".{source.name}.lock", source.name):
-            if _complete(folder):
-                return folder
             _sweep(folder)
+            if folder.exists():
+                return folder
             _check_space(folder.parent, source)
             work = Path(tempfile.mkdtemp(prefix=f".{source.name}.", suffix=".partial", dir=folder.parent))
             try:
@@ -546,14 +554,16 @@ def prepare_demo_model(
     return folder
 
 # %% ../nbs/00b_models.ipynb #sweep
+def _left(folder):
+    return list(folder.parent.glob(f".{folder.name}.*.partial"))
+
+
 def _sweep(folder):
-    "Remove what killed attempts have left, and a final folder that is not complete (a file was deleted by hand)."
-    for left in folder.parent.glob(f".{folder.name}.*.partial"):
+    "Under the lock: remove what killed attempts have left, and a final folder that is not complete (a file was deleted by hand)."
+    if folder.exists() and not _complete(folder):
+        os.replace(folder, folder.with_name(f".{folder.name}.{uuid.uuid4().hex[:8]}.partial"))
+    for left in _left(folder):
         shutil.rmtree(left, ignore_errors=True)
-    if folder.exists():
-        doomed = folder.with_name(f".{folder.name}.old.partial")
-        os.replace(folder, doomed)
-        shutil.rmtree(doomed, ignore_errors=True)
 
 
 def _check_space(folder, source):
@@ -591,8 +601,11 @@ def _locate(name):
     path = Path(name).expanduser()
     if name == SMOLLM2.name:
         return str(prepare_demo_model()), {}
+    if not name.strip():
+        raise FtkitError(f"the name of the model is empty: give {SMOLLM2.name!r}, a name on the hub, a folder or a .gguf file")
     if path.suffix == ".gguf" and path.is_file():
         require("gguf", "export")
+        _read_gguf(path)  # says so if it is cut short, before transformers reads it
         return str(path.parent), {"gguf_file": path.name}
     if (path / "adapter_config.json").exists():
         raise FtkitError(f"{name} holds an adapter, not a model: load its base model, then ftkit.lora.load_adapter(model, {str(name)!r})")

@@ -463,7 +463,7 @@ def _write_config(self: Run, facts: dict):
     weight = next(p for p in weights if p.is_floating_point())
     config = dict(
         name=self.folder.name, created=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-        model=dict(name=base_name(self.model), dtype=str(weight.dtype).removeprefix("torch."), device=str(weight.device), **sizes),
+        model=dict(name=base_name(self.model) or type(self.model).__name__, dtype=str(weight.dtype).removeprefix("torch."), device=str(weight.device), **sizes),
         method="lora" if hasattr(self.model, "peft_config") else "full",
         data=_data_facts(self.data), held_out=_data_facts(self.held_out), **facts,
         options=self.options, compile=self.compile, allow=list(self.allow), loss=self.plan.reason, versions=_versions(),
