@@ -92,12 +92,12 @@ def pick_device() -> tuple[torch.device, str]:  # the device, and why in one lin
         reason += f"; there is an NVIDIA driver, but the installed PyTorch {built}"
     return torch.device("cpu"), reason
 
-# %% ../nbs/00a_core.ipynb #time-product
+# %% ../nbs/00a_core.ipynb #synchronize
 def _synchronize(device):
     if device.type != "cpu":
         getattr(torch, device.type).synchronize()
 
-
+# %% ../nbs/00a_core.ipynb #rate
 def _rate(device, dtype, shape, seconds):
     rows, inner, columns = shape
     left = torch.ones(rows, inner, dtype=dtype, device=device)
@@ -113,14 +113,14 @@ def _rate(device, dtype, shape, seconds):
             break
     return 2 * rows * inner * columns / best / 1e9
 
-# %% ../nbs/00a_core.ipynb #measure-dtypes
+# %% ../nbs/00a_core.ipynb #candidates
 CANDIDATES = {  # formats to try, in order, and how many times faster than the first each must be to be worth its trouble
     "cpu": {"float32": 1.0, "bfloat16": 1.25},
     "cuda": {"bfloat16": 1.0, "float16": 1.5, "float32": 1.5},
     "mps": {"float32": 1.0, "float16": 1.5},
 }
 
-
+# %% ../nbs/00a_core.ipynb #measure-dtypes
 def measure_dtypes(
     device: torch.device | str | None = None,  # None: that of `pick_device`
     seconds: float = 0.02,  # time for one size of one format, at least two products
@@ -146,7 +146,7 @@ def _choose(rates, kind):
     against = f" here against {' and '.join(others)}" if others else " here"
     return name, f"{name}: {_figure(rates[name])} GFLOP/s{against}"
 
-
+# %% ../nbs/00a_core.ipynb #figure
 def _figure(rate):
     return f"{rate:.0f}" if rate >= 10 else f"{rate:.1f}"
 
@@ -165,7 +165,7 @@ def _machine_key(device):
         name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{device.type} {platform.machine()}"
     return f"{name}, torch {torch.__version__}"
 
-
+# %% ../nbs/00a_core.ipynb #busy
 def _busy():
     return hasattr(os, "getloadavg") and os.getloadavg()[0] > 1.5 * (os.cpu_count() or 1)
 
@@ -177,7 +177,7 @@ def _remembered(path):
     except (OSError, ValueError, AttributeError):
         return {}
 
-
+# %% ../nbs/00a_core.ipynb #sound
 def _sound(rates):
     known = {name for formats in CANDIDATES.values() for name in formats}
     return isinstance(rates, dict) and bool(rates) and all(

@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass
 from importlib.resources import files
 from pathlib import Path
 
-from .data import FtkitError, answer_of, load_records, train_test_split
+from .data import FtkitError, answer_of, load_records, printable, train_test_split
 
 # %% ../nbs/90_demo.ipynb #tickets
 def tickets(
@@ -70,41 +70,49 @@ DEMO = dict(  # found by trying on a CPU with two cores
 )
 LONGEST_ANSWER = 64  # tokens; the longest ticket of the data has fewer
 
+# %% ../nbs/90_demo.ipynb #train-demo
+def _train(model, tokenizer, train, held_out, steps, out, name):
+    from ftkit.lora import add_lora
+    from ftkit.train import Run
+
+    options = DEMO if steps is None else {**DEMO, "max_steps": steps}
+    model = add_lora(model, rank=16, targets="attention", seed=42)
+    return Run(model, tokenizer, train, held_out, name=name, root=out, prompts=held_out[:3], facts={"command": {"data": "tickets.jsonl"}}, **options).fit()
+
 # %% ../nbs/90_demo.ipynb #run-demo
 def run_demo(
     steps: int | None = None,  # optimizer steps; None: the full demo
     out: str | Path = "runs",  # where the run's folder is made
     name: str = "demo",  # of the run's folder; a number is added if it is taken
-) -> dict:  # "folder", "base" and "tuned" scores, "seconds", "run"
+) -> dict:  # "run", "folder", "seconds", "base" and "tuned" (of class `Score`; both missing if interrupted)
     "Score the base model, train it on the tickets with LoRA, score it again, draw the loss; print it all."
-    from ftkit.lora import add_lora
     from ftkit.models import generate, load_model
-    from ftkit.report import plot_losses
-    from ftkit.train import Run
 
     start, (train, held_out) = time.perf_counter(), tickets()
     model, tokenizer = load_model("smollm2-135m")
-    ask = lambda: generate(model, tokenizer, held_out, max_new_tokens=LONGEST_ANSWER)
-    print(f"the base model answers {len(held_out)} held-out messages ...")
-    before = ask()
-    model = add_lora(model, rank=16, targets="attention", seed=42)
-    options = DEMO if steps is None else {**DEMO, "max_steps": steps}
-    run = Run(model, tokenizer, train, held_out, name=name, root=out, prompts=held_out[:3], **options).fit()
-    if run.state == "interrupted": return dict(run=run, folder=run.folder)
-    print(f"the tuned model answers the same {len(held_out)} messages ...")
-    after = ask()
-    facts = dict(run=run, folder=run.folder, base=score(before, held_out), tuned=score(after, held_out), seconds=time.perf_counter() - start)
-    plot_losses(run.history).savefig(run.folder / "losses.png", dpi=120, facecolor="white")
-    _write_answers(run.folder, held_out, before, after, facts)
-    print(demo_report(facts, held_out, before, after))
+    ask = lambda who: print(f"the {who} model answers {len(held_out)} held-out messages ...") or generate(model, tokenizer, held_out, LONGEST_ANSWER)
+    before = ask("base")
+    run = _train(model, tokenizer, train, held_out, steps, out, name)
+    facts = dict(run=run, folder=run.folder, base=score(before, held_out))
+    if run.state != "interrupted":
+        after = ask("tuned")
+        facts |= dict(tuned=score(after, held_out), seconds=time.perf_counter() - start)
+        _write_answers(run, held_out, before, after, facts)
+        print(demo_report(facts, held_out, before, after))
     return facts
 
 # %% ../nbs/90_demo.ipynb #demo-files
-def _write_answers(folder: Path, records, before, after, facts):
+def _write_answers(run, records, before, after, facts):
+    from ftkit.report import plot_losses
+
+    folder = run.folder
     lines = [dict(message=r["input"], ticket=r["output"], base=b, tuned=a) for r, b, a in zip(records, before, after)]
     (folder / "answers.jsonl").write_text("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines), encoding="utf-8")
     scores = {who: asdict(facts[who]) for who in ("base", "tuned")}
     (folder / "scores.json").write_text(json.dumps(scores, indent=1), encoding="utf-8")
+    plot_losses(run.history).savefig(folder / "losses.png", dpi=120, facecolor="white")
+    shown = {who: {k: round(v, 3) for k, v in s.items() if k != "by_field"} for who, s in scores.items()}
+    run.save(license="apache-2.0", scores=shown)
 
 # %% ../nbs/90_demo.ipynb #demo-report
 def demo_report(
@@ -118,7 +126,8 @@ def demo_report(
     rows = [("answers that parse as JSON", base.parsed, tuned.parsed), ("fields right", base.fields, tuned.fields), ("wholly right", base.exact, tuned.exact)]
     rows += [(f"  {f}", base.by_field[f], tuned.by_field[f]) for f in FIELDS]
     table = [f"{'held out, greedy':<28}{'base':>8}{'tuned':>8}"] + [f"{name:<28}{b:>8.0%}{t:>8.0%}" for name, b, t in rows]
-    shown = ["", "message: " + " ".join(records[0]["input"].split()), "base:    " + " ".join(before[0].split())[:160], "tuned:   " + " ".join(after[0].split())[:160]]
+    said = {"message": records[0]["input"], "base": before[0], "tuned": after[0]}
+    shown = ["", *(f"{who + ':':<9}{printable(text)[:300]}" for who, text in said.items())]
     where = ["", f"{facts['run'].step} steps, {facts['seconds']:.0f} s in all", f"adapter   {folder / 'adapter'}", f"picture   {folder / 'losses.png'}", f"answers   {folder / 'answers.jsonl'}"]
     load = f"next      PeftModel.from_pretrained(base_model, {str(folder / 'adapter')!r}) in plain PEFT; ftkit train your.jsonl; ftkit lab"
     return "\n".join(["", *table, *shown, *where, load])

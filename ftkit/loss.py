@@ -206,13 +206,18 @@ def _prefix_hindrance(model) -> str | None:
 # %% ../nbs/00c1_loss.ipynb #compile-layers
 def compile_layers(
     model: torch.nn.Module,  # a causal language model, bare or under PEFT; changed in place, its weights and their names are not
-) -> int:  # number of layers compiled
+) -> str:  # what was done, in one line
     "Compile each repeated decoder layer in place with `torch.compile`, dynamic in batch and length; `uncompile_layers` undoes it."
     layers = getattr(_decoder(model), "layers", None) or getattr(_decoder(model), "h", [])
     for layer in layers: layer.compile(dynamic=True)
-    return len(layers)
+    try: loss_sum(model, _probe_batch(model), LossPlan(head=True)).backward()
+    except Exception as error:  # no compiler, or a layer that cannot be compiled
+        uncompile_layers(model)
+        return f"decoder layers are not compiled: {type(error).__name__}: {' '.join(str(error).split())[:200]}"
+    finally: model.zero_grad()
+    return f"{len(layers)} decoder layers compiled"
 
-
+# %% ../nbs/00c1_loss.ipynb #uncompile-layers
 def uncompile_layers(
     model: torch.nn.Module,  # as given to `compile_layers`
 ) -> None:

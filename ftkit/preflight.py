@@ -9,7 +9,7 @@ __all__ = ['Finding', 'preflight']
 import time
 from dataclasses import dataclass
 
-from .data import end_of_turn_ids
+from .data import end_of_turn_ids, printable
 
 # %% ../nbs/00c4_preflight.ipynb #finding
 @dataclass(frozen=True)
@@ -40,6 +40,18 @@ _MESSAGES = dict(
     held_out_in_training="of the held-out data is in the training data too, so its figures say nothing; split again after removing duplicates",
 )
 
+# %% ../nbs/00c4_preflight.ipynb #scan
+def _scan(data, bos: int | None, ends: set[int], seconds: float) -> tuple[dict[str, list[int]], set[int], int]:
+    "Rows with each problem, a hash of every row seen, and how many were seen."
+    start, seen, found, known = time.monotonic(), 0, {}, set()
+    for part in data.select_columns(["input_ids", "labels", "cut"]).iter(256):
+        for row in (dict(zip(part, values)) for values in zip(*part.values())):
+            for name in _row_problems(row, bos, ends): found.setdefault(name, []).append(seen)
+            known.add(hash(tuple(row["input_ids"])))
+            seen += 1
+        if time.monotonic() - start > seconds: break
+    return found, known, seen
+
 # %% ../nbs/00c4_preflight.ipynb #preflight
 def preflight(
     data,  # encoded training rows, a `datasets.Dataset`
@@ -48,25 +60,17 @@ def preflight(
     seconds: float = 2.0,  # stop looking after this long; what was looked at is then said
 ) -> list[Finding]:  # worst first; empty if nothing was found
     "Look through the encoded rows for what ruins runs most often."
-    start, seen, found, known = time.monotonic(), 0, {}, set()
-    bos, ends = tokenizer.bos_token_id, set(end_of_turn_ids(tokenizer))
-    for part in data.select_columns(["input_ids", "labels", "cut"]).iter(256):
-        for seen, row in enumerate((dict(zip(part, values)) for values in zip(*part.values())), seen):
-            for name in _row_problems(row, bos, ends): found.setdefault(name, []).append(seen)
-            known.add(hash(tuple(row["input_ids"])))
-        seen += 1
-        if time.monotonic() - start > seconds: break
+    found, known, seen = _scan(data, tokenizer.bos_token_id, set(end_of_turn_ids(tokenizer)), seconds)
     both = [i for i, ids in enumerate(held_out["input_ids"]) if hash(tuple(ids)) in known] if held_out is not None else []
-    found |= {"held_out_in_training": both} if both else {}
+    if both: found["held_out_in_training"] = both
     fatal = {"no_trained_tokens"} | ({"end_of_turn_not_trained"} if len(found.get("end_of_turn_not_trained", ())) == seen else set())
     part = "" if seen == len(data) else f" (of the first {seen:,} rows looked at)"
-    source = lambda name: held_out if name == "held_out_in_training" else data
-    findings = [Finding(n, n in fatal, tuple(rows), _message(n, rows, source(n), tokenizer) + part) for n, rows in found.items()]
-    return sorted(findings, key=lambda finding: not finding.stops)
+    described = lambda name: _message(name, found[name], held_out if name == "held_out_in_training" else data, tokenizer) + part
+    return sorted((Finding(n, n in fatal, tuple(found[n]), described(n)) for n in found), key=lambda finding: not finding.stops)
 
 # %% ../nbs/00c4_preflight.ipynb #message
 def _message(name: str, rows: list[int], data, tokenizer) -> str:
     "What was found, with the beginning and the end of the first such row."
-    text = " ".join(tokenizer.decode(data[rows[0]]["input_ids"]).split())
+    text = printable(tokenizer.decode(data[rows[0]]["input_ids"]))
     shown = text if len(text) <= 80 else f"{text[:30]} … {text[-50:]}"
     return f"row {rows[0]} ({shown}) {_MESSAGES[name]}; {len(rows):,} such row{'s' * (len(rows) > 1)}"

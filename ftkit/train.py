@@ -46,14 +46,14 @@ def length_grouped_order(
 ) -> list[int]:  # every row's index once
     "Shuffled, but rows of like length side by side; the batch with the longest row first."
     generator = torch.Generator().manual_seed(seed * 100_003 + epoch)
-    shuffled = torch.randperm(len(lengths), generator=generator).tolist()
+    shuffled, longest = torch.randperm(len(lengths), generator=generator).tolist(), max(lengths, default=0)
     stretch = min(50, max(1, len(lengths) // (4 * batch_size))) * batch_size
     parts = [sorted(shuffled[i:i + stretch], key=lambda row: -lengths[row]) for i in range(0, len(shuffled), stretch)]
     rows = [row for part in parts for row in part]
     batches = [rows[i:i + batch_size] for i in range(0, len(rows), batch_size)]
     last = batches.pop() if batches and len(batches[-1]) < batch_size else []
     batches = [batches[i] for i in torch.randperm(len(batches), generator=generator).tolist()]
-    batches.sort(key=lambda batch: -max(lengths[row] for row in batch) == -max(lengths), reverse=True)
+    batches.sort(key=lambda batch: max(lengths[row] for row in batch) != longest)
     return [row for batch in batches for row in batch] + last
 
 # %% ../nbs/00c_train.ipynb #sampler
@@ -61,7 +61,7 @@ class _LengthGrouped(torch.utils.data.Sampler):
     "The order above as a sampler; the trainer calls `set_epoch`."
 
     def __init__(self, lengths, batch_size, seed):
-        self.lengths, self.batch_size, self.seed, self.epoch = lengths, batch_size, seed, 0
+        self.lengths, self.batch_size, self.seed, self.epoch = list(lengths), batch_size, seed, 0
 
     def set_epoch(self, epoch): self.epoch = epoch
     def __len__(self): return len(self.lengths)
@@ -77,7 +77,7 @@ def held_out_loss(
     batch_size: int = 16,  # rows at a time
 ) -> float:  # nats per trained token
     "Mean negative log-likelihood of the trained tokens. Leaves the model's mode and all random states as they were."
-    lengths, training = data["length"], model.training
+    lengths, training = list(data["length"]), model.training
     device, total, count = next(model.parameters()).device, 0.0, 0
     order = sorted(range(len(lengths)), key=lambda row: lengths[row])
     model.eval()
@@ -115,7 +115,7 @@ def default_options(
     weight = next(p for p in model.parameters() if p.is_floating_point())
     return dict(
         per_device_train_batch_size=8, num_train_epochs=1, learning_rate=2e-4, warmup_steps=0.05, weight_decay=0.0, max_length=1024,
-        gradient_checkpointing=False,  # see above
+        gradient_checkpointing=False,  # `Run` turns it on where memory demands it
         bf16=weight.dtype == torch.bfloat16, fp16=weight.dtype == torch.float16,  # as the base was measured fastest
         optim="adamw_torch_fused", train_sampling_strategy="group_by_length",
         logging_steps=1, logging_nan_inf_filter=False,  # a NaN must be seen
@@ -246,7 +246,7 @@ def _save_checkpoint(self: Trainer, model, trial=None):
     self.run.journal.write("checkpoint", step=self.state.global_step, tokens=self.run.tokens, folder=folder.name)
     keep = self.args.save_total_limit
     for old in checkpoints(folder.parent)[:-keep] if keep else []:
-        if str(old) != self.state.best_model_checkpoint: remove_folder(old)
+        if old.name != "checkpoint-0" and str(old) != self.state.best_model_checkpoint: remove_folder(old)
     if self.args.push_to_hub: self._push_from_checkpoint(str(folder))
 
 # %% ../nbs/00c_train.ipynb #write-state
@@ -307,6 +307,7 @@ def _load_scaler(self: Trainer, checkpoint):
 @patch
 def _start_from_rate(self: Trainer, rate: float, old: float):
     scheduler, optimizer = self.lr_scheduler, _bare(self.optimizer)
+    if not hasattr(scheduler, "lr_lambdas"): raise FtkitError(f"a learning rate at resume cannot win over {type(scheduler).__name__}; set it by hand while the run is going on (lr=...)")
     scheduler.base_lrs = [rate] * len(optimizer.param_groups)
     for group, shape in zip(optimizer.param_groups, scheduler.lr_lambdas): group.update(initial_lr=rate, lr=rate * shape(scheduler.last_epoch))
     scheduler._last_lr = [group["lr"] for group in optimizer.param_groups]
@@ -389,7 +390,7 @@ def _take_in(self: Run, model, tokenizer, data, held_out, prompts, allow, compil
     "Keep and check what a run is made of; raises before anything is written."
     self.model, self.tokenizer, self.data, self.held_out, self.prompts = model, tokenizer, data, held_out, prompts
     self.allow, self.compile, self.callbacks, self.quiet, self.options = tuple(allow), compile, list(callbacks), quiet, options
-    if not any(p.requires_grad for p in model.parameters()): raise FtkitError("nothing to train: no weight of this model requires a gradient; call ftkit.lora.add_lora first")
+    if model is None or not any(p.requires_grad for p in model.parameters()): raise FtkitError("nothing to train: no weight of this model requires a gradient; call ftkit.lora.add_lora first")
     if int(os.environ.get("WORLD_SIZE", 1)) > 1: raise FtkitError("Run trains in one process on one device; start it without torchrun or accelerate launch")
     _sft_config(model, "unused", held_out is not None, options), _yaml(options)
     self._preflight()
@@ -455,6 +456,20 @@ def _yaml(config: dict) -> str:
     try: return yaml.safe_dump(config, sort_keys=False, allow_unicode=True)
     except yaml.YAMLError as error: raise FtkitError(f"an option is no plain value and cannot be written to config.yaml: {' '.join(str(error).split())}") from error
 
+# %% ../nbs/00c_train.ipynb #adapter-facts
+def _adapter_facts(model) -> dict | None:
+    config = getattr(model, "peft_config", {}).get("default")
+    if config is None: return None
+    plain = lambda v: sorted(v) if isinstance(v, set) else v
+    facts = {k: plain(v) for k, v in config.to_dict().items() if k in ("r", "lora_alpha", "lora_dropout", "target_modules", "use_rslora", "use_dora", "init_lora_weights")}
+    return {k: v for k, v in facts.items() if isinstance(v, (bool, int, float, str, list))}
+
+
+def _machine(device: torch.device) -> dict:
+    import platform
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
+    return dict(device=str(device), name=name, threads=torch.get_num_threads(), system=platform.system())
+
 # %% ../nbs/00c_train.ipynb #config-write
 @patch
 def _write_config(self: Run, facts: dict):
@@ -464,7 +479,7 @@ def _write_config(self: Run, facts: dict):
     config = dict(
         name=self.folder.name, created=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         model=dict(name=base_name(self.model) or type(self.model).__name__, dtype=str(weight.dtype).removeprefix("torch."), device=str(weight.device), **sizes),
-        method="lora" if hasattr(self.model, "peft_config") else "full",
+        method="lora" if hasattr(self.model, "peft_config") else "full", adapter=_adapter_facts(self.model), machine=_machine(weight.device),
         data=_data_facts(self.data), held_out=_data_facts(self.held_out), **facts,
         options=self.options, compile=self.compile, allow=list(self.allow), loss=self.plan.reason, versions=_versions(),
     )
@@ -487,7 +502,7 @@ def _preflight(self: Run):
     findings = preflight(self.data, self.tokenizer, self.held_out)
     for finding in findings:
         if finding.stops and finding.name not in self.allow: raise FtkitError(f"{finding.message} (to train all the same: allow={finding.name!r})")
-    for finding in findings: self.say(f"pre-flight {finding}")
+    for finding in findings: self.say(f"pre-flight, {'allowed' if finding.stops else 'warning'} ({finding.name}): {finding.message}")
 
 # %% ../nbs/00c_train.ipynb #make-trainer
 @patch
@@ -594,9 +609,9 @@ def _edge(self: Run, between_micro_batches: bool = False) -> bool:
 # %% ../nbs/00c_train.ipynb #take
 @patch
 def _take(self: Run, between_micro_batches: bool):
-    requests, self._deferred = self._deferred + self.control.take(), []
+    requests, self._deferred = self._deferred + self.control.take(self.step), []
     for request in requests:
-        if between_micro_batches and request.action in ("stop", "checkpoint"):
+        if between_micro_batches and request.action in ("stop", "checkpoint", "lr"):
             self._deferred.append(request)  # they need a whole step
             if self.state == "paused" and request.action == "stop": self.state = "running"
             continue
@@ -612,13 +627,14 @@ def fit(
     self: Run,
 ) -> "Run":
     "Train until the end, a stop or an interrupt; writes `adapter/` when the run is over."
+    if self.model is None: raise FtkitError(f"this run was freed; take it up again with Run.open({str(self.folder)!r})")
     with self._locked(), self._interruptible(), _forwards_restored(self.model):
         if self.trainer is None: self.trainer = self._make_trainer()
         checkpoint, reasons = newest_checkpoint(self.folder)
         for reason in reasons: self.say(f"passed over: {reason}")
         sweep_temporary(self.folder)
         self._begin(checkpoint)
-        if self.compile: self.say(f"{compile_layers(self.model)} decoder layers compile during the first steps")
+        if self.compile: self.say(compile_layers(self.model))
         try: self.trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
         except BaseException as error:
             self.state = "failed"
@@ -742,13 +758,14 @@ def _read_data(folder: Path, config: dict):
 @patch
 def save(
     self: Run,
+    **card,  # more for the model card: license, title, scores, note (see `write_model_card`)
 ) -> Path:  # `adapter/` or `model/` in the run's folder
     "Write what was trained, with tokenizer and model card, where plain PEFT (or transformers) loads it."
     folder = self.folder / ("adapter" if hasattr(self.model, "peft_config") else "model")
     def write(path: Path):
         save_weights(self.model, path)
         self.tokenizer.save_pretrained(path)
-        write_model_card(path, self._card())
+        write_model_card(path, {**self._card(), **card})
     fresh = folder.with_name(f".{folder.name}.new")
     if fresh.exists(): remove_folder(fresh)
     write_folder(fresh, write)
@@ -760,10 +777,11 @@ def save(
 @patch
 def _card(self: Run) -> dict:
     config, held = _read_config(self.folder), [e["held_out_loss"] for e in self.history if e["what"] == "evaluate"]
-    trained = {"rows": len(self.data), "steps": self.step, "tokens": self.tokens, "learning rate": self.options["learning_rate"], "seed": self.options["seed"]}
+    trained = {"rank": config["adapter"]["r"]} if config["adapter"] else {}
+    trained |= {"rows": len(self.data), "steps": self.step, "tokens": self.tokens, "learning rate": self.options["learning_rate"], "seed": self.options["seed"]}
     if held: trained |= {"held-out loss before": held[0], "held-out loss after": held[-1]}
     trained |= {f"{package} version": version for package, version in config["versions"].items() if package in ("ftkit", "peft", "torch")}
-    return dict(base_model=config["model"]["name"], method=config["method"], data=config.get("file"), trained=trained)
+    return dict(base_model=config["model"]["name"], method=config["method"], data=Path(config.get("command", {}).get("data", "")).name or None, trained=trained)
 
 # %% ../nbs/00c_train.ipynb #history
 @patch(as_prop=True)
