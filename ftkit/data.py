@@ -504,7 +504,9 @@ def fingerprint(
     "Hash of ids and labels of all rows, in their order."
     import numpy as np
     digest = hashlib.sha256()
-    if hasattr(data, "select_columns"): data = data.select_columns(["input_ids", "labels"])
+    if hasattr(data, "with_format"):
+        parts = data.select_columns(["input_ids", "labels"]).with_format("numpy").iter(1024)
+        data = (dict(zip(part, values)) for part in parts for values in zip(*part.values()))
     for row in data:
         digest.update(len(row["input_ids"]).to_bytes(8, "little"))
         for name in ("input_ids", "labels"): digest.update(np.asarray(row[name], dtype="<i4").tobytes())

@@ -113,6 +113,7 @@ def _hidden_states(
     if not prefix:
         return decoder(input_ids=ids, use_cache=False).last_hidden_state  # right-padded and causal: no mask needed
     cache = prefix_cache(model, ids[0, :prefix], len(ids))
+    if cache.get_seq_length() != prefix: return _hidden_states(model, batch, 0)[:, prefix:]  # a layer kept nothing
     positions = torch.arange(prefix, ids.shape[1], device=ids.device).expand(len(ids), -1)
     return decoder(input_ids=ids[:, prefix:], attention_mask=mask, position_ids=positions,
                    past_key_values=cache, use_cache=True).last_hidden_state

