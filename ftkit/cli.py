@@ -23,7 +23,7 @@ import click
 
 from . import __version__
 from .control import ACTIONS, confirmation, read_journal, send
-from .data import FtkitError, load_records, train_test_split
+from .data import FtkitError, load_records, printable, train_test_split
 
 # %% ../nbs/91_cli.ipynb #exit-codes
 DONE, FAILED, WRONG, STOPPED, REFUSED, UNHEARD, INTERRUPTED = 0, 1, 2, 3, 4, 5, 130
@@ -38,11 +38,6 @@ EXIT_CODES = {
     INTERRUPTED: "interrupted; a run saves first and can be resumed",
 }
 
-# %% ../nbs/91_cli.ipynb #one-line
-def _one_line(text: object) -> str:
-    line = " ".join(str(text).split())
-    return "".join(c if c.isprintable() else "?" for c in line)
-
 # %% ../nbs/91_cli.ipynb #in-options
 _TYPED = {r"\ballow='(\w+)'": r"--allow \1", r"\bany_base=True": "--any-base", r"\braise max_length\b": "raise --max-length"}
 
@@ -56,21 +51,21 @@ def explain(
     error: BaseException,  # what ended a command
 ) -> tuple[int, str]:  # exit code (see `EXIT_CODES`) and one line
     "The exit code and the one line for an error."
-    if isinstance(error, FtkitError): return WRONG, _in_options(_one_line(error))
+    if isinstance(error, FtkitError): return WRONG, _in_options(printable(error))
     if isinstance(error, click.ClickException): return error.exit_code, _usage(error)
     if isinstance(error, (click.Abort, KeyboardInterrupt)): return INTERRUPTED, "interrupted"
     if isinstance(error, OSError) and error.strerror:
-        return FAILED, _one_line(f"{error.filename or 'the system'}: {error.strerror}")
+        return FAILED, printable(f"{error.filename or 'the system'}: {error.strerror}")
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
         return FAILED, "out of memory: try a smaller --batch-size or --max-length, or --set gradient_checkpointing=true"
     first = (str(error).strip() or "no message").splitlines()[0]
-    return FAILED, _one_line(f"unexpected {type(error).__name__}: {first[:300]} (FTKIT_DEBUG=1 shows where)")
+    return FAILED, printable(f"unexpected {type(error).__name__}: {first[:300]} (FTKIT_DEBUG=1 shows where)")
 
 
 def _usage(error: click.ClickException) -> str:
     context = getattr(error, "ctx", None)
     hint = f" (see: {context.command_path} --help)" if context else ""
-    return _one_line(error.format_message()).rstrip(".") + hint
+    return printable(error.format_message()).rstrip(".") + hint
 
 # %% ../nbs/91_cli.ipynb #group
 class _Cli(click.Group):
@@ -158,7 +153,7 @@ _MODEL_OPTIONS = [
     click.option("--adapter", type=_FILE, help="Go on training this adapter instead of a new one."),
     click.option("--any-base", is_flag=True, help="Take --adapter although its base has another name; it must still fit."),
     click.option("--rank", type=click.IntRange(1), default=16, show_default=True, help="Rank of the LoRA matrices."),
-    click.option("--alpha", type=click.IntRange(1), help="Scale of the LoRA update; see the LoRA notebook for its default."),
+    click.option("--alpha", type=click.FloatRange(0, min_open=True), help="Scale of the LoRA update.  [default: 2 * rank; 8 for rslora]"),
     click.option("--targets", default="attention", show_default=True, help="attention, all-linear, or module names with commas between them."),
     click.option("--dropout", type=click.FloatRange(0, 1, max_open=True), default=0.0, show_default=True, help="LoRA dropout."),
     click.option("--variant", type=click.Choice(["lora", "rslora", "dora", "pissa"]), default="lora", show_default=True, help="Kind of LoRA."),
@@ -208,7 +203,7 @@ def _read_yaml(path: Path) -> dict:
     import yaml
     try: given = yaml.safe_load(path.read_text(encoding="utf-8"))
     except OSError as error: raise FtkitError(f"{path}: {error.strerror}") from None
-    except (yaml.YAMLError, ValueError) as error: raise FtkitError(f"{path} is not valid YAML: {_one_line(error)}") from None
+    except (yaml.YAMLError, ValueError) as error: raise FtkitError(f"{path} is not valid YAML: {printable(error)}") from None
     if not isinstance(given or {}, dict): raise FtkitError(f"{path} must hold options as `name: value`, one a line")
     return given or {}
 
@@ -253,7 +248,7 @@ def _try_options(options: dict):
     if bad: raise FtkitError(f"--set: {', '.join(bad)}: not an option of trl.SFTConfig" + (" that can be set here" if bad[0] in _OURS else ""))
     try:
         with warnings.catch_warnings(action="ignore"): SFTConfig(output_dir="unused", **{"bf16": False, "report_to": "none", **options})
-    except (ValueError, TypeError) as error: raise FtkitError(f"an option for the trainer is wrong: {_one_line(error)[:300]}") from None
+    except (ValueError, TypeError) as error: raise FtkitError(f"an option for the trainer is wrong: {printable(error)[:300]}") from None
 
 # %% ../nbs/91_cli.ipynb #training-speed
 def training_speed(
@@ -379,7 +374,7 @@ def _train_on(records, held_out, bad: str, command: dict, settings: dict) -> int
 # %% ../nbs/91_cli.ipynb #fit
 def _fit(run) -> int:
     "Train to the end; the picture, the table, the exit code."
-    from ftkit.train import plot_losses
+    from ftkit.report import plot_losses
     run.fit()
     plot_losses(run.history).savefig(run.folder / "losses.png", dpi=120, facecolor="white")
     click.echo("\n" + run_report(run.folder))
