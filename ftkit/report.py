@@ -16,7 +16,7 @@ from .data import FtkitError
 # %% ../nbs/00c5_report.ipynb #smooth
 def smooth(
     values: list[float],  # one a step
-    weight: float = 0.9,  # of the past
+    weight: float = 0.8,  # of the past
 ) -> list[float]:  # as long as `values`
     "Exponential moving average without the start's bias (as Adam corrects its own, arXiv 1412.6980)."
     average, out = 0.0, []

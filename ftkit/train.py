@@ -645,7 +645,7 @@ def _logged(self: Run, logs: dict, state):
 def sample(
     self: Run,
     prompts: list[dict] | None = None,  # records; None for the run's own
-    max_new_tokens: int = 96,  # an answer is cut there
+    max_new_tokens: int = 64,  # an answer is cut there
 ) -> list[str]:  # one answer for each prompt
     "Greedy answers of the model as it is now; also written to `samples/` and the journal."
     prompts = self.prompts if prompts is None else prompts
