@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
-from .models import prefix_cache, prefix_obstacle, shared_prefix_length
+from .models import _base, prefix_cache, prefix_obstacle, shared_prefix_length
 
 # %% ../nbs/00c1_loss.ipynb #plain-loss
 def plain_loss(
@@ -80,10 +80,6 @@ def head_loss(
     return _HeadLoss.apply(hidden, targets, head, base.config, chunk, keep, *weights)
 
 
-def _base(model):
-    return model.get_base_model() if hasattr(model, "get_base_model") else model
-
-
 def _decoder(model):
     return _base(model).get_decoder()
 
@@ -125,6 +121,13 @@ class LossPlan:
     head: bool = False  # LM head on trained positions only
     prefix: bool = False  # shared beginning of a batch run once
     reason: str = ""  # one line, for people
+
+    def without_prefix(
+        self,
+        why: str,  # in words
+    ) -> "LossPlan":  # the same plan, every row run whole
+        "Leave the shared prefix out, and say why."
+        return LossPlan(self.head, False, f"LM head on trained tokens only; no shared prefix: {why}") if self.prefix else self
 
 # %% ../nbs/00c1_loss.ipynb #loss-sum
 def loss_sum(
@@ -195,8 +198,8 @@ def loss_plan(
         problem = prefix_obstacle(model) or _prefix_hindrance(model) or _agrees(model, batch, LossPlan(True, True), wanted, weights)
     finally:
         model.train(training)
-    if problem: return LossPlan(head=True, reason=f"LM head on trained tokens only; no shared prefix: {problem}")
-    return LossPlan(True, True, "LM head on trained tokens only; what the rows of a batch share runs once")
+    plan = LossPlan(True, True, "LM head on trained tokens only; what the rows of a batch share runs once")
+    return plan.without_prefix(problem) if problem else plan
 
 # %% ../nbs/00c1_loss.ipynb #prefix-hindrance
 def _prefix_hindrance(model) -> str | None:

@@ -454,7 +454,7 @@ def _take_in(self: Run, model, tokenizer, data, held_out, prompts, allow, compil
     for record in prompts: encode_prompt(record, tokenizer)
     self._preflight()
     self.plan = loss_plan(model)
-    if options.get("neftune_noise_alpha"): self.plan = LossPlan(self.plan.head, False, "LM head on trained tokens only; no shared prefix: NEFTune draws noise for each row")
+    if options.get("neftune_noise_alpha"): self.plan = self.plan.without_prefix("NEFTune draws noise for each row")
 
 # %% ../nbs/00c_train.ipynb #check-trainable
 def _check_trainable(model):
@@ -595,7 +595,7 @@ def _make_trainer(self: Run) -> Trainer:
     if not {"gradient_checkpointing", "activation_checkpointing"} & set(options) and self._too_big(): options["gradient_checkpointing"] = True
     args = _sft_config(self.model, self.folder, self.held_out is not None, options)
     if args.gradient_checkpointing or getattr(args, "activation_checkpointing", False):
-        self.plan = LossPlan(self.plan.head, False, "LM head on trained tokens only; no shared prefix: gradient checkpointing keeps no keys and values")
+        self.plan = self.plan.without_prefix("gradient checkpointing keeps no keys and values")
     for name in ("trainer", "trainer_callback", "trainer_utils"): logging.getLogger(f"transformers.{name}").setLevel(logging.ERROR)
     with _without_bars():
         return Trainer(
@@ -609,7 +609,7 @@ def _make_trainer(self: Run) -> Trainer:
 def _too_big(self: Run) -> bool:
     "Whether the longest micro-batch needs gradient checkpointing; says so."
     weight = next(p for p in self.model.parameters() if p.is_floating_point())
-    rows = {**default_options(self.model), **self.options}["per_device_train_batch_size"]
+    rows = self.options["per_device_train_batch_size"]
     need, free = activation_bytes(self.model.config, rows * max(self.data["length"]), weight.element_size()), _free_memory(weight.device)
     if need > 0.8 * free: self.say(f"gradient checkpointing on: the longest batch needs about {need / 2**30:.1f} GiB, {free / 2**30:.1f} GiB are free")
     return need > 0.8 * free
