@@ -65,7 +65,7 @@ def score(
 
 # %% ../nbs/90_demo.ipynb #demo-settings
 DEMO = dict(  # found by trying on a CPU with two cores
-    learning_rate=1e-3, per_device_train_batch_size=8, num_train_epochs=1, warmup_steps=0.1, lr_scheduler_type="linear",
+    learning_rate=2e-3, per_device_train_batch_size=8, num_train_epochs=1, warmup_steps=0.1, lr_scheduler_type="linear",
     max_length=512, eval_steps=0.5, save_steps=0.25, seed=42,
 )
 LONGEST_ANSWER = 48  # tokens; the longest ticket of the data has 44, its end included
@@ -76,7 +76,7 @@ def _train(model, tokenizer, train, held_out, steps, out, name):
     from ftkit.train import Run
 
     options = DEMO if steps is None else {**DEMO, "max_steps": steps}
-    model = add_lora(model, rank=16, targets="attention", seed=42)
+    model = add_lora(model, rank=16, targets="all-linear", seed=42)
     return Run(model, tokenizer, train, held_out[:20], name=name, root=out, prompts=held_out[:2], facts={"command": {"data": "tickets.jsonl"}}, **options).fit()
 
 # %% ../nbs/90_demo.ipynb #run-demo

@@ -212,7 +212,7 @@ def generate(
     tokenizer,  # its tokenizer
     records: list[dict],  # Alpaca or chat records; a last assistant turn is left out, the model is to write it
     max_new_tokens: int = 128,  # longest answer, in tokens
-    batch_size: int = 64,  # rows answered at once
+    batch_size: int = 32,  # rows answered at once; rows of like length go together
 ) -> list[str]:  # the answers, in the order of `records`, without special tokens
     "Greedy answers to all `records`, in batches, the shared prefix run once; leaves random state and train/eval mode as they were."
     stop = end_of_turn_ids(tokenizer)

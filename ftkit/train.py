@@ -48,7 +48,7 @@ def length_grouped_order(
     "Shuffled, but rows of like length side by side; the batch with the longest row first."
     generator = torch.Generator().manual_seed(seed * 100_003 + epoch)
     shuffled, longest = torch.randperm(len(lengths), generator=generator).tolist(), max(lengths, default=0)
-    stretch = min(50, max(1, len(lengths) // (4 * batch_size))) * batch_size
+    stretch = min(50, max(1, len(lengths) // (2 * batch_size))) * batch_size
     parts = [sorted(shuffled[i:i + stretch], key=lambda row: -lengths[row]) for i in range(0, len(shuffled), stretch)]
     rows = [row for part in parts for row in part]
     batches = [rows[i:i + batch_size] for i in range(0, len(rows), batch_size)]
