@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['CLUTTER', 'MANIFEST', 'TEMPORARY', 'IMPLEMENTATION', 'write_folder', 'verify_folder', 'checkpoints',
            'newest_checkpoint', 'sweep_temporary', 'remove_folder', 'pack', 'unpack', 'save_state', 'load_state',
-           'save_optimizer', 'load_optimizer', 'save_rng', 'load_rng']
+           'save_optimizer', 'load_optimizer', 'rng_state', 'set_rng_state', 'save_rng', 'load_rng']
 
 # %% ../nbs/00c3_checkpoint.ipynb #exported-imports
 import hashlib
@@ -431,27 +431,37 @@ def _accelerator_states() -> dict[str, torch.Tensor]:
         states["mps"] = torch.mps.get_rng_state()
     return states
 
-# %% ../nbs/00c3_checkpoint.ipynb #save-rng
-def save_rng(
-    folder: str | Path,  # gets `rng.json` and `rng.safetensors`
-) -> None:
-    "Write the states of the global generators of Python, numpy and torch, on every device in use."
+# %% ../nbs/00c3_checkpoint.ipynb #rng-state
+def rng_state() -> dict:  # nested dicts of tensors and plain values: see `pack`
+    "The states of the global generators of Python, numpy and torch, on every device in use."
     numbers = np.random.get_state(legacy=False)
     inner = {key: torch.from_numpy(value) if isinstance(value, np.ndarray) else value for key, value in numbers["state"].items()}
-    state = {"python": random.getstate(), "numpy": numbers | {"state": inner}, "torch": torch.get_rng_state(), "devices": _accelerator_states()}
-    save_state(state, folder, "rng")
+    return {"python": random.getstate(), "numpy": numbers | {"state": inner}, "torch": torch.get_rng_state(), "devices": _accelerator_states()}
 
-# %% ../nbs/00c3_checkpoint.ipynb #load-rng
-def load_rng(
-    folder: str | Path,  # where `save_rng` wrote
+# %% ../nbs/00c3_checkpoint.ipynb #set-rng-state
+def set_rng_state(
+    state: dict,  # from `rng_state`
 ) -> list[str]:  # a line for each state that could not be given back here, empty if none
-    "Give the global generators their saved states back; raises `FtkitError` where they cannot be read."
-    state = load_state(folder, "rng")
+    "Give the global generators their states back."
     inner = {key: value.numpy() if isinstance(value, torch.Tensor) else value for key, value in state["numpy"]["state"].items()}
     random.setstate(state["python"])
     np.random.set_state(state["numpy"] | {"state": inner})
     torch.set_rng_state(state["torch"])
     return [note for name, value in state["devices"].items() if (note := _restore_device(name, value))]
+
+# %% ../nbs/00c3_checkpoint.ipynb #save-rng
+def save_rng(
+    folder: str | Path,  # gets `rng.json` and `rng.safetensors`
+) -> None:
+    "Write the states of the global generators."
+    save_state(rng_state(), folder, "rng")
+
+
+def load_rng(
+    folder: str | Path,  # where `save_rng` wrote
+) -> list[str]:  # a line for each state that could not be given back here, empty if none
+    "Give the global generators their saved states back; raises `FtkitError` where they cannot be read."
+    return set_rng_state(load_state(folder, "rng"))
 
 # %% ../nbs/00c3_checkpoint.ipynb #restore-device
 def _restore_device(name: str, state: torch.Tensor) -> str | None:

@@ -77,7 +77,7 @@ def _train(model, tokenizer, train, held_out, steps, out, name):
 
     options = DEMO if steps is None else {**DEMO, "max_steps": steps}
     model = add_lora(model, rank=16, targets="all-linear", seed=42)
-    return Run(model, tokenizer, train, held_out[:20], name=name, root=out, prompts=held_out[:2], facts={"command": {"data": "tickets.jsonl"}}, **options).fit()
+    return Run(model, tokenizer, train, held_out[:10], name=name, root=out, prompts=held_out[:1], facts={"command": {"data": "tickets.jsonl"}}, **options).fit()
 
 # %% ../nbs/90_demo.ipynb #run-demo
 def run_demo(

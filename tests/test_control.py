@@ -55,7 +55,7 @@ def test_wrong_action_is_refused_in_one_line(text):
 def test_every_action_can_be_asked():
     for action in ACTIONS:
         control = Control()
-        assert control.request(action, 1e-4 if action == "lr" else None).status == "queued"
+        assert control.request(action, {"lr": 1e-4, "rewind": 3}.get(action)).status == "queued"
         assert [request.action for request in control.take()] == [action]
 
 
@@ -159,7 +159,7 @@ def test_a_huge_line_is_bounded_and_refused_once(run):
     taken = [request for _ in range(200) for request in control.take()]
     assert [request.id for request in taken] == ["after"]
     events = read_journal(run)
-    assert len(events) == 1 and "over 65536 bytes" in events[0]["reason"]
+    assert len(events) == 1 and "over 1048576 bytes" in events[0]["reason"]
     assert (run / "journal.jsonl").stat().st_size < 1000
 
 

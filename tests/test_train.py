@@ -235,7 +235,7 @@ def test_allow_takes_a_name_or_several_and_knows_them(tmp_path):
 
 def test_a_sample_that_fails_is_refused_and_the_run_goes_on(tmp_path, never_stopped, monkeypatch):
     run = new_run(tmp_path, callbacks=(At(2, lambda control: send(run.folder, "sample")),))
-    monkeypatch.setattr(run, "sample", lambda: 1 / 0)
+    monkeypatch.setattr(run, "_sample", lambda *a, **k: 1 / 0)
     run.fit()
     (answer,) = [e for e in run.history if e["what"] == "control"]
     assert answer["status"] == "refused" and "ZeroDivisionError" in answer["reason"]
