@@ -811,7 +811,7 @@ def _notice_trouble(self: Run, fields: dict):
     if not wrong or self._trouble: return
     name = {"loss": "the loss", "grad_norm": "the gradient"}[wrong[0]]
     self._trouble = f"{name} of step {self.step} is not a number; the weights are spoilt from here on. Rewind to an earlier step, then lower the learning rate"
-    self.journal.write("alarm", step=self.step, tokens=self.tokens, kind="nan", text=self._trouble)
+    self.journal.write("alarm", step=self.step, tokens=self.tokens, kind="nan", text=self._trouble, paused=self._steered)
     self.say(self._trouble)
     if self._steered: self.state = "paused"
 
