@@ -7,11 +7,12 @@ __all__ = ['plain_loss', 'trained_tokens', 'head_loss', 'usable_prefix', 'LossPl
            'uncompile_layers']
 
 # %% ../nbs/00c1_loss.ipynb #exported-imports
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
 
+from .attention import attention_of, pick_attention
 from .models import _base, prefix_cache, prefix_obstacle, shared_prefix_length
 
 # %% ../nbs/00c1_loss.ipynb #plain-loss
@@ -41,6 +42,12 @@ def _logits(
     return logits if cap is None else cap * torch.tanh(logits / cap)
 
 # %% ../nbs/00c1_loss.ipynb #head-loss
+def _less_one(probabilities, target) -> torch.Tensor:
+    "Gradient of the cross-entropy with respect to the logits."
+    probabilities[torch.arange(len(target), device=target.device), target] -= 1
+    return probabilities
+
+
 class _HeadLoss(torch.autograd.Function):
     "Sum of the cross-entropy of `head(hidden)`, chunk by chunk, gradients taken on the way."
 
@@ -51,10 +58,11 @@ class _HeadLoss(torch.autograd.Function):
         for part, target in zip(hidden.split(chunk), targets.split(chunk)):
             with torch.set_grad_enabled(keep):
                 part = part.detach().requires_grad_(keep)
-                loss = F.cross_entropy(_logits(head, config, part), target, reduction="sum")
-            total += loss.detach()
+                logits = _logits(head, config, part)
+            logarithms = logits.detach().log_softmax(-1)
+            total -= logarithms.gather(1, target[:, None]).sum()
             if keep:
-                grads = torch.autograd.grad(loss, (part, *weights))
+                grads = torch.autograd.grad(logits, (part, *weights), _less_one(logarithms.exp_(), target))
                 slices.append(grads[0])
                 for s, g in zip(sums, grads[1:]): s += g
         ctx.save_for_backward(torch.cat(slices) if slices else hidden, *sums)
@@ -121,15 +129,19 @@ class LossPlan:
     head: bool = False  # LM head on trained positions only
     prefix: bool = False  # shared beginning of a batch run once
     reason: str = ""  # one line, for people
+    attention: bool = False  # attention as matrix products, see `ftkit.attention`
 
     def without_prefix(
         self,
         why: str,  # in words
     ) -> "LossPlan":  # the same plan, every row run whole
         "Leave the shared prefix out, and say why."
-        return LossPlan(self.head, False, f"LM head on trained tokens only; no shared prefix: {why}") if self.prefix else self
+        return replace(self, prefix=False, reason=f"LM head on trained tokens only; no shared prefix: {why}") if self.prefix else self
 
 # %% ../nbs/00c1_loss.ipynb #loss-sum
+def _checkpoints_layers(model) -> bool: return any(getattr(m, "gradient_checkpointing", False) for m in model.modules())
+
+
 def loss_sum(
     model: torch.nn.Module,  # a causal language model, bare or under PEFT
     batch: dict[str, torch.Tensor],  # input_ids, attention_mask, labels; each (rows, length), right-padded
@@ -138,7 +150,8 @@ def loss_sum(
     "Equal to `plain_loss`, with the arithmetic that `plan` says can be spared left out."
     if not plan.head: return plain_loss(model, batch)
     prefix = usable_prefix(batch) if plan.prefix else 0
-    hidden, labels = _hidden_states(model, batch, prefix)[:, :-1], batch["labels"][:, prefix + 1:]
+    with attention_of(_base(model), plan.attention and not _checkpoints_layers(model)):
+        hidden, labels = _hidden_states(model, batch, prefix)[:, :-1], batch["labels"][:, prefix + 1:]
     trained = labels.ne(-100)
     return head_loss(model, hidden[trained], labels[trained])
 
@@ -196,16 +209,21 @@ def loss_plan(
         problem = _agrees(model, batch, LossPlan(head=True), wanted, weights)
         if problem: return LossPlan(reason=f"plain loss: the head on trained positions only {problem}")
         problem = prefix_obstacle(model) or _prefix_hindrance(model) or _agrees(model, batch, LossPlan(True, True), wanted, weights)
-    finally:
-        model.train(training)
-    plan = LossPlan(True, True, "LM head on trained tokens only; what the rows of a batch share runs once")
-    return plan.without_prefix(problem) if problem else plan
+        plan = LossPlan(True, True, "LM head on trained tokens only; what the rows of a batch share runs once")
+        return _with_attention(model, plan.without_prefix(problem) if problem else plan, batch, wanted, weights)
+    finally: model.train(training)
 
 # %% ../nbs/00c1_loss.ipynb #prefix-hindrance
 def _prefix_hindrance(model) -> str | None:
     dropout = _dropout(model)
     if dropout > 0: return f"dropout of {dropout:g} is drawn for each row by itself"
-    if any(getattr(m, "gradient_checkpointing", False) for m in model.modules()): return "gradient checkpointing keeps no keys and values"
+    if _checkpoints_layers(model): return "gradient checkpointing keeps no keys and values"
+
+# %% ../nbs/00c1_loss.ipynb #with-attention
+def _with_attention(model, plan: LossPlan, batch, wanted, weights) -> LossPlan:
+    grouped, why = pick_attention(_base(model))
+    faster = replace(plan, attention=True, reason=f"{plan.reason}; {why}")
+    return faster if grouped and _agrees(model, batch, faster, wanted, weights) is None else plan
 
 # %% ../nbs/00c1_loss.ipynb #compile-layers
 def compile_layers(

@@ -26,6 +26,7 @@ import uuid
 import zipfile
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 # %% ../nbs/00b_models.ipynb #exported-imports-more
@@ -160,6 +161,23 @@ def _usable_prefix(model, prompts, max_new_tokens):
         return 0
     return length
 
+# %% ../nbs/00b_models.ipynb #append
+def _append(layer, room, keys, values, *args, **kwargs):
+    "`update` of a cache layer, without copying what it holds while there is room."
+    held, length, end = (layer.keys, layer.values), layer.keys.shape[2], layer.keys.shape[2] + keys.shape[2]
+    spare = getattr(layer, "ftkit_room", None)
+    if spare is None or spare[0].data_ptr() != layer.keys.data_ptr() or spare[0].shape[2] < end:
+        spare = layer.ftkit_room = [torch.cat([old, old.new_empty(*old.shape[:2], room, old.shape[3])], dim=2) for old in held]
+    for part, new in zip(spare, (keys, values)):
+        part[:, :, length:end] = new
+    layer.keys, layer.values = (part[:, :, :end] for part in spare)
+    return layer.keys, layer.values
+
+
+def _give_room(cache, room):
+    for layer in cache.layers:
+        layer.update = partial(_append, layer, max(room, 1))
+
 # %% ../nbs/00b_models.ipynb #greedy
 def _greedy(model, prompts, stop, pad, max_new_tokens):
     "Token ids of the answers to `prompts`, which are rows of one batch; stop tokens are left out."
@@ -170,9 +188,10 @@ def _greedy(model, prompts, stop, pad, max_new_tokens):
     ids, mask = _left_pad([row[shared:] for row in prompts], pad, device)
     mask = torch.cat([mask.new_ones(len(prompts), shared), mask], dim=1)
     answers, alive = [[] for _ in prompts], list(range(len(prompts)))
-    for _ in range(max_new_tokens):
+    for made in range(max_new_tokens):
         positions = (mask.cumsum(-1) - 1).clamp(min=0)[:, -ids.shape[1] :]
         logits = _base(model)(input_ids=ids, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True, logits_to_keep=1).logits
+        if not made: _give_room(cache, max_new_tokens)
         chosen = logits[:, -1].argmax(-1).tolist()
         going = [i for i, token in enumerate(chosen) if token not in stop]
         for i in going:
