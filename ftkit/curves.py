@@ -423,6 +423,8 @@ def _draw_text(self, gc, x, y, s, prop, angle, ismath=False, mtext=None):
     anchor = {"left": "start", "center": "middle", "right": "end"}[mtext.get_ha() if mtext is not None else "left"]
     turn = f' transform="rotate({-angle:g} {x:.1f} {y:.1f})"' if angle else ""
     style = f"font-size:{prop.get_size_in_points():g}px;fill:{_color(gc.get_rgb(), self.colors)}"
+    if mtext is not None and mtext.get_gid() == "halo":
+        style += f";paint-order:stroke;stroke:{_color(GROUND, self.colors)};stroke-width:3px"
     self.parts.append(f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}" style="{style}"{turn}>{html.escape(s)}</text>')
 
 
@@ -627,7 +629,7 @@ def _draw_extremes(frame: _Frame, x: np.ndarray, y: np.ndarray):
     if len(bad):
         sheet._line(frame.across(bad), np.full(len(bad), frame.rows[1]), dict(color=VERMILLION, marker="x", markersize=6, linestyle="none"))
     if (highest := y[np.isfinite(y)].max(initial=-math.inf)) > frame.y[1]:
-        sheet._write(float(frame.across(x[y == highest][0])) + 4, frame.rows[0] + 34, f"↑ {_plain(highest)}")
+        sheet._write(float(frame.across(x[y == highest][0])) + 4, frame.rows[0] + 34, f"↑ {_plain(highest)}", gid="halo")
     if not len(x):
         sheet._write((sheet.left + sheet.right) / 2, sum(frame.rows) / 2, "no step yet", 13, ha="center")
 
@@ -693,7 +695,7 @@ def _write_word(sheet: _Sheet, x: float, text: str, color: str, taken: list[tupl
     for height in (35, 48):
         if all(row != height or left > end + 6 or left + length + 6 < start for start, end, row in taken):
             taken.append((left, left + length, height))
-            return sheet._write(x + 4 if left > x else x - 4, height, text, color=color, ha="left" if left > x else "right")
+            return sheet._write(x + 4 if left > x else x - 4, height, text, color=color, ha="left" if left > x else "right", gid="halo")
 
 # %% ../nbs/00c7_curves.ipynb #draw-strip
 STRIP = {"checkpoint": (236, "^"), "sample": (249, "o")}  # height in pixels, sign

@@ -28,7 +28,7 @@ import ipywidgets as widgets
 import yaml
 from fastcore.basics import patch
 
-from .control import ACTIONS, RemoteControl, new_events
+from .control import ACTIONS, RemoteControl, check_action, new_events
 from .curves import Curves, _plain, describe, draw
 from .data import FtkitError, printable, to_messages
 from .train import Run
@@ -42,21 +42,29 @@ class RunView:
         folder: str | Path,  # the run's folder
     ):
         self.folder, self.curves, self._offset = Path(folder), Curves(), 0
-        self.state, self.process, self.host, self.heard = "new", None, None, None  # heard: time of the last line
-        self.last, self.plan, self.ending, self.alarm, self.held_out = {}, {}, None, None, None  # last: the newest figures
+        self.state, self.process, self.host, self.began, self.heard = "new", None, None, None, None  # began, heard: time of the process's first line and of the last one
+        self.last, self.plan, self.ending, self.alarm = {}, {}, None, None  # last: the newest figures
         self.requests, self.notes, self.paces = deque(maxlen=30), deque(maxlen=3), deque(maxlen=20)
         self.samples, self.lenses = deque(maxlen=12), deque(maxlen=50)  # files
         self.kept, self._checked, self.changes = set(), -math.inf, 0  # kept: steps with a checkpoint; changes: lines that were no steps
 
 # %% ../nbs/04_live.ipynb #takers-begin
+def _forget(files: deque, step: int):
+    kept = [file for file in files if int(re.search(r"\d+", file)[0]) <= step]
+    files.clear()
+    files.extend(kept)
+
+
 def _at(view: RunView, event, snapshots=()):
-    view.last = {**view.last, "step": event["step"], "tokens": event.get("tokens"), "snapshots": [s for s in snapshots if s <= event["step"]]}
-    view.kept, view.alarm = {step for step in view.kept if step <= event["step"]}, None
+    step = event["step"]
+    view.last = {**view.last, "step": step, "tokens": event.get("tokens"), "snapshots": [s for s in snapshots if s <= step]}
+    view.kept, view.alarm = {kept for kept in view.kept if kept <= step}, None
+    for files in (view.samples, view.lenses): _forget(files, step)
 
-
+# %% ../nbs/04_live.ipynb #takers-begun
 def _begun(view: RunView, event):
     _at(view, event)
-    view.process, view.host, view.ending = event.get("process"), event.get("host"), None
+    view.process, view.host, view.began, view.ending = event.get("process"), event.get("host"), event.get("time"), None
     view.state = "paused" if event.get("paused") else "running"
 
 
@@ -67,10 +75,10 @@ def _stepped(view: RunView, event):
     steps = event["step"] - (view.last.get("step") or 0)
     if steps > 0: view.paces.append((steps, sum(s for name, s in (event.get("seconds") or {}).items() if name != "asked")))
     view.last = event
+    if view.state == "paused": view.state = "running"
 
 
 def _planned(view: RunView, event): view.plan = event
-def _evaluated(view: RunView, event): view.held_out = event.get("held_out_loss")
 def _saved(view: RunView, event): view.kept.add(event["step"])
 def _ended(view: RunView, event): view.state, view.ending = event["what"], event
 
@@ -102,7 +110,7 @@ def _noted(view: RunView, event): view.notes.append(str(event.get("text") or f"s
 
 # %% ../nbs/04_live.ipynb #takers
 ENDS = ("finished", "stopped", "interrupted", "failed")
-TAKERS = dict(start=_begun, resume=_begun, rewind=_rewound, step=_stepped, plan=_planned, evaluate=_evaluated, checkpoint=_saved, sample=_sampled,
+TAKERS = dict(start=_begun, resume=_begun, rewind=_rewound, step=_stepped, plan=_planned, checkpoint=_saved, sample=_sampled,
               lens=_looked, control=_answered, alarm=_alarmed, note=_noted, sample_failed=_noted, **dict.fromkeys(ENDS, _ended))
 
 # %% ../nbs/04_live.ipynb #view-poll
@@ -120,14 +128,25 @@ def poll(
     return bool(events)
 
 # %% ../nbs/04_live.ipynb #standing
+def _seconds(stamp) -> float | None:
+    with suppress(ValueError, AttributeError): return datetime.fromisoformat(stamp.replace("Z", "+00:00")).timestamp()
+
+
+def _is_alive(process: int, began) -> bool:
+    "Whether the process that began to train at that time is still there."
+    import psutil
+    try: found = psutil.Process(process)
+    except psutil.Error: return False
+    return found.status() != psutil.STATUS_ZOMBIE and found.create_time() < (_seconds(began) or math.inf) + 2
+
+# %% ../nbs/04_live.ipynb #standing-state
 @patch
 def standing(
     self: RunView,
 ) -> str:  # "new", "running", "paused", one of `ENDS`, or "lost"
     "The state; lost, if the process that trained is known to be gone without a last word."
-    if self.state not in ("running", "paused") or self.host != socket.gethostname() or not isinstance(self.process, int): return self.state
-    import psutil
-    return self.state if psutil.pid_exists(self.process) else "lost"
+    here = self.state in ("running", "paused") and self.host == socket.gethostname() and isinstance(self.process, int)
+    return "lost" if here and not _is_alive(self.process, self.began) else self.state
 
 # %% ../nbs/04_live.ipynb #silence
 @patch
@@ -135,8 +154,7 @@ def silence(
     self: RunView,
 ) -> float:  # seconds since the journal's last line
     "How long nothing has been heard."
-    with suppress(ValueError, AttributeError): return max(0.0, time.time() - datetime.fromisoformat(self.heard.replace("Z", "+00:00")).timestamp())
-    return 0.0
+    return max(0.0, time.time() - (_seconds(self.heard) or time.time()))
 
 # %% ../nbs/04_live.ipynb #pace
 @patch
@@ -159,16 +177,18 @@ def rewindable(
 
 # %% ../nbs/04_live.ipynb #style-panel
 PANEL_STYLE = """
-.ftk-panel{max-width:940px;color:var(--jp-ui-font-color1,inherit);font-size:13px;line-height:1.45;font-variant-numeric:tabular-nums}
+.ftk-panel{max-width:960px;box-sizing:border-box;padding:12px 16px 14px;border:1px solid var(--jp-border-color2,rgba(128,128,128,.3));border-radius:8px;color:var(--jp-ui-font-color1,inherit);font-size:13px;line-height:1.45;font-variant-numeric:tabular-nums}
 .ftk-panel,.ftk-panel .widget-html{overflow:visible}
 .ftk-panel .widget-html,.ftk-panel .widget-html-content{line-height:1.45;height:auto;width:100%;align-self:stretch}
-.ftk-panel .jupyter-button{width:auto;padding:0 12px}.ftk-panel .jupyter-button i{margin-right:6px}
-.ftk-panel .jupyter-button:focus-visible,.ftk-panel select:focus-visible{outline:2px solid #0072b2;outline-offset:1px}
-.ftk-row{flex-flow:row wrap;align-items:center;gap:0 10px;overflow:visible}.ftk-part{align-items:center;gap:0 6px;overflow:visible}
+.ftk-panel .jupyter-button{width:auto;padding:0 12px;border-radius:4px}.ftk-panel .jupyter-button i{margin-right:6px}
+.ftk-panel .jupyter-button:focus-visible,.ftk-panel select:focus-visible,.ftk-panel .noUi-handle:focus-visible{outline:2px solid #0072b2;outline-offset:1px}
+.ftk-panel .widget-dropdown>select{background-image:none;appearance:auto;padding-right:2px}
+.ftk-row{flex-flow:row wrap;align-items:center;gap:2px 10px;overflow:visible}.ftk-panel>.ftk-row{margin:2px 0}.ftk-part{align-items:center;gap:0 6px;overflow:visible}.ftk-panel .widget-tab{margin-top:8px}
 .ftk-muted,.ftk-panel small{color:var(--jp-ui-font-color2,#757575);font-size:12px}
 .ftk-head{display:flex;flex-wrap:wrap;align-items:baseline;gap:2px 14px}.ftk-head b{font-size:16px}
-.ftk-chip{border:1px solid currentColor;border-radius:10px;padding:0 9px;font-size:12px;line-height:19px;white-space:nowrap}
-.ftk-running,.ftk-finished{color:#009e73}.ftk-paused,.ftk-interrupted{color:#c77400}.ftk-failed,.ftk-lost{color:#d55e00}
+.ftk-chip{border:1px solid var(--ftk-state,#808080);border-radius:10px;padding:0 9px;font-size:12px;line-height:19px;white-space:nowrap}
+.ftk-chip::before{content:"";display:inline-block;width:8px;height:8px;margin-right:6px;border-radius:50%;background:var(--ftk-state,#808080)}
+.ftk-running,.ftk-finished{--ftk-state:#009e73}.ftk-paused,.ftk-interrupted{--ftk-state:#e69f00}.ftk-failed,.ftk-lost{--ftk-state:#d55e00}
 .ftk-track{height:6px;border-radius:3px;overflow:hidden;background:var(--jp-border-color2,rgba(128,128,128,.3));display:flex;margin:4px 0}
 .ftk-track i{height:100%;min-width:0}"""
 
@@ -253,17 +273,17 @@ def _spent_html(seconds: dict) -> str:
     parts = [(name, max(seconds.get(name) or 0.0, 0.0), color) for name, color in SPENT.items()]
     total = sum(value for _, value, _ in parts) or 1.0
     bar = "".join(f'<i style="flex:{value / total:.4f};background:{color}" title="{name} {value:.3f} s"></i>' for name, value, color in parts)
-    words = " &ensp;".join(f'<span style="color:{color}">■</span> {name} {value / total:.0%}' for name, value, color in parts if value >= 0.005 * total)
-    return f'<div class="ftk-track" aria-hidden="true">{bar}</div><div class="ftk-muted">{words} &ensp;of {total:.2f} s since the last line</div>'
+    words = " &ensp;".join(f'<span class="ftk-nowrap"><span style="color:{color}">■</span> {name} {value / total:.0%}</span>' for name, value, color in parts if value >= 0.005 * total)
+    return f'<div class="ftk-track" aria-hidden="true">{bar}</div><div class="ftk-muted">last {total:.2f} s: &ensp;{words}</div>'
 
 # %% ../nbs/04_live.ipynb #status-html
 def status_html(
     view: RunView,  # polled
 ) -> str:
     "The newest figures."
-    last = view.last
+    last, held_out = view.last, view.curves["held_out_loss"].last
     rate, scheduled = last.get("learning_rate"), last.get("scheduled_learning_rate")
-    facts = {"loss": _number(last.get("loss")), "held-out loss": _number(view.held_out), "learning rate": _rate(rate)}
+    facts = {"loss": _number(last.get("loss")), "held-out loss": _number(held_out and held_out[1]), "learning rate": _rate(rate)}
     if rate != scheduled: facts["by the schedule"] = _rate(scheduled)
     facts |= {"gradient norm": _number(last.get("grad_norm"), ".3g"), "tokens seen": _number(last.get("tokens"), ","), "tokens a second": _number(last.get("tokens_per_second"), ",.0f"),
               "GiB now (peak)": f'{_gib(last.get("memory"))} ({_gib(last.get("memory_peak"))})'}
@@ -434,7 +454,7 @@ def lens_html(
     tokens = "".join(_token_html(*token, mode) for token in zip(shown["tokens"], shown["trained"], shown["losses"], before))
     losses = [loss for loss, trained in zip(shown["losses"], shown["trained"]) if trained and isinstance(loss, float)]
     mean = f"step {step}: {len(losses)} trained tokens, {sum(losses) / max(len(losses), 1):.3f} nats each"
-    return f'<div class="ftk-muted">{mean} &ensp;·&ensp; <span class="ftk-nowrap">{_legend(mode, step, since)}</span></div><div class="ftk-tokens ftk-scroll">{tokens}</div>'
+    return f'<div class="ftk-muted">{mean} &emsp;<span class="ftk-nowrap">{_legend(mode, step, since)}</span></div><div class="ftk-tokens ftk-scroll">{tokens}</div>'
 
 # %% ../nbs/04_live.ipynb #blocked
 def blocked(
@@ -630,7 +650,7 @@ def _press_pause(self: Panel):
 @patch
 def _make_rate(self: Panel):
     start = self.view.last.get("learning_rate") or (self.config.get("options") or {}).get("learning_rate") or 2e-4
-    slider = self._part("lr", widgets.FloatLogSlider, "min(100%, 300px)", value=min(max(start, 1e-7), 0.1), min=-7, max=-1, step=0.05, description="Learning rate", readout=False)
+    slider = self._part("lr", widgets.FloatLogSlider, "min(100%, 250px)", value=min(max(start, 1e-7), 0.1), min=-7, max=-1, step=0.05, description="Learning rate", readout=False)
     exact = self._part("lr-exact", widgets.Text, "90px", value=_rate(start), placeholder="exact rate", tooltip="the exact learning rate, such as 1e-4")
     slider.observe(lambda change: self._slid(change["new"]), "value")
     _on_enter(exact, self._set_rate)
@@ -668,7 +688,7 @@ def _make_back(self: Panel):
     step = self._part("rewind-step", widgets.Dropdown, "185px", options=[], description="Back to step", tooltip="a step that is kept; pause, to have the last ones too")
     rewind = self._button("rewind", "Rewind", ACTIONS["rewind"].replace(", `rewind=12`", " step"), self._rewind, "undo")
     rate = self._part("branch-lr", widgets.Text, "150px", placeholder="same", description="Rate", tooltip="the branch's learning rate; empty: this run's")
-    name = self._part("branch-name", widgets.Text, "200px", placeholder=f"{self.view.folder.name}-branch", description="Name", tooltip="the branch's name")
+    name = self._part("branch-name", widgets.Text, "240px", placeholder=f"{self.view.folder.name}-branch", description="Name", tooltip="the branch's name")
     branch = self._button("branch", "Branch", "stop this run, and go on from this step in a run of its own; both are drawn", lambda: self._aside("branch", self._branch), "code-fork")
     return _row(_row(step, rewind, name="part"), _row(branch, rate, name, name="part"))
 
@@ -681,8 +701,11 @@ def _rewind(self: Panel):
 # %% ../nbs/04_live.ipynb #branch
 @patch
 def _branch(self: Panel):
-    options = {"learning_rate": _float(self.branch_lr.value)} if self.branch_lr.value.strip() else {}
-    twig = self.run.branch(at=self.rewind_step.value, name=self.branch_name.value.strip() or None, **options)
+    at, rate, name = self.rewind_step.value, self.branch_lr.value.strip(), self.branch_name.value.strip() or None
+    if at is None: raise FtkitError("choose a step first")
+    if name and (Path(name).name != name or name.startswith(".")): raise FtkitError(f"{name[:40]!r} is not a name for a run: use a plain folder name")
+    options = {"learning_rate": check_action("lr", _float(rate))} if rate else {}
+    twig = self.run.branch(at=at, name=name, **options)
     with self._lock:
         self._look_at(twig)
         self._waiting, self._turns, self._pending = [], [], True
@@ -794,7 +817,7 @@ def _refresh(self: Panel, draws: bool = False):
 
 
 @patch
-def _plot(self: Panel) -> str: return draw(self.view.curves, width=720, overlay=self.overlaid, labels=["this run", *(curves.name for curves in self.overlaid)] if self.overlaid else None)
+def _plot(self: Panel) -> str: return draw(self.view.curves, width=640, overlay=self.overlaid, labels=["this run", *(curves.name for curves in self.overlaid)] if self.overlaid else None)
 
 
 @patch

@@ -30,7 +30,7 @@ def main(arguments=None) -> int:
     if options.child:
         return run_cells(Path(options.child), folder)
     notebooks = [notebook for notebook in read_notebooks(folder / "nbs") if options.only in notebook.name]
-    tests = [] if options.no_pytest else sorted(path for path in (folder / "tests").glob("test_*.py") if options.only in path.name)
+    tests = [] if options.no_pytest else find_tests(folder / "tests", options.only)
     if not notebooks and not tests:
         print(f"No notebook and no test has {options.only!r} in its name.", file=sys.stderr)
         return 2
@@ -51,6 +51,12 @@ def parse(arguments):
     parser.add_argument("--root", default=ROOT, help=argparse.SUPPRESS)
     parser.add_argument("--child", help=argparse.SUPPRESS)
     return parser.parse_args(arguments)
+
+
+def find_tests(folder: Path, name: str) -> list[Path]:
+    "The test files, those that drive a browser last."
+    found = [*sorted(folder.glob("test_*.py")), *sorted(folder.glob("browser/test_*.py"))]
+    return [path for path in found if name in path.relative_to(folder).as_posix()]
 
 
 def summary(passed: int, failed: int, skipped: int) -> str:

@@ -86,6 +86,15 @@ def test_only(project):
     assert run(project, "--only", "nothing")[0] == 2
 
 
+def test_browser_tests_run_too(project):
+    (project / "tests" / "browser").mkdir()
+    (project / "tests" / "browser" / "page.py").write_text("NAME = 'a page'\n")
+    (project / "tests" / "browser" / "test_page.py").write_text("import page\ndef test_page(): assert page.NAME == 'a page'\n")
+    assert run(project)[::2] == (0, "4 passed, 0 failed")
+    assert run(project, "--only", "browser")[::2] == (0, "1 passed, 0 failed")
+    assert run(project, "--only", "test_page")[::2] == (0, "1 passed, 0 failed")
+
+
 def test_notebooks_leave_nothing(project):
     sources = ["from pathlib import Path\nimport tempfile", "Path('runs').mkdir()\nPath('x').write_text('')",
                "Path(tempfile.gettempdir(), 'x').write_text('')", "assert Path('../settings.ini').exists()"]
@@ -107,6 +116,7 @@ def test_refresh_keeps_marked_outputs_and_stores_no_widgets(project):
     nbformat.validate(notebook)
     assert [cell.outputs[0].text for cell in notebook.cells[-2:]] == ["kept\n", "a\nb\nc\n"]
     assert "widgets" not in notebook.metadata and notebook.cells[-1].execution_count is None
+    assert notebook.cells[2].outputs == []
     assert sorted(item.name for item in path.parent.iterdir()) == ["00_good.ipynb", "01_shows.ipynb"]
     refresh.refresh(path, slow=True)
     assert nbformat.read(path, as_version=4).cells[-2].outputs[0].text == "new\n"
