@@ -294,8 +294,13 @@ def notebooks_are_executed(notebooks: list[Notebook]) -> list[str]:
 
 
 def no_widget_state(notebooks: list[Notebook]) -> list[str]:
-    "No saved widget state: pages that hold it fetch scripts from elsewhere, and the static fallback is not shown."
-    return [f"{notebook.name} holds widget state" for notebook in notebooks if "widgets" in notebook.raw.get("metadata", {})]
+    "No saved widgets and no state of them: pages that hold them fetch scripts from elsewhere, and the static fallback is not shown."
+    problems = [f"{notebook.name} holds widget state" for notebook in notebooks if "widgets" in notebook.raw.get("metadata", {})]
+    return problems + [
+        f"{notebook.where(cell)} output holds a widget"
+        for notebook in notebooks for cell in notebook.code
+        if any(kind.startswith("application/vnd.jupyter.widget") for output in cell.outputs for kind in output.get("data", {}))
+    ]
 
 
 MACHINE_PATH = re.compile(r"(?:(?<![\w/.+~-])|(?<=file://))/(?:root|home|work|tmp|private|Users|var/folders)(?![\w.-])|\b[A-Z]:\\+Users\b")
@@ -337,6 +342,30 @@ def title_cells_hold_the_title_only(notebooks: list[Notebook]) -> list[str]:
     return problems
 
 
+def tutorials_export_nothing(notebooks: list[Notebook]) -> list[str]:
+    "A notebook in tutorials/ is for reading and running: the package takes nothing from it."
+    return [
+        f"{notebook.name} is a tutorial and exports something"
+        for notebook in notebooks if notebook.name.startswith("tutorials/") and (notebook.module or notebook.exported)
+    ]
+
+
+PICTURE = re.compile(r"!\[([^\]]*)\]\(([^)\s]+)[^)]*\)")
+
+
+def pictures_are_there(notebooks: list[Notebook]) -> list[str]:
+    "Every picture of a text is a file beside the notebooks, and says in words what it shows."
+    problems = []
+    for notebook in notebooks:
+        for cell in notebook.cells:
+            for words, path in PICTURE.findall(cell.text) if cell.type == "markdown" else ():
+                if not words.strip():
+                    problems.append(f"{notebook.where(cell)} shows {path} without a text for those who do not see it")
+                if not re.match(r"\w+:", path) and not (notebook.path.parent / path).is_file():
+                    problems.append(f"{notebook.where(cell)} shows {path}, which is missing")
+    return problems
+
+
 # ---- the docs
 
 def sidebar_lists_every_notebook(notebooks: list[Notebook], sidebar: list[str]) -> list[str]:
@@ -358,6 +387,7 @@ def sidebar_entries(contents: list) -> list[str]:
 RULES = [
     imports_point_upward, no_star_imports, import_cells_hold_imports_only, parameters_have_docments, cells_are_small,
     exporting_notebooks_assert, notebooks_are_executed, no_widget_state, no_machine_paths, title_cells_hold_the_title_only,
+    tutorials_export_nothing, pictures_are_there,
 ]
 
 if __name__ == "__main__":

@@ -4,8 +4,8 @@
     python tests/refresh.py core lora  those with one of these in their name
     python tests/refresh.py --slow     cells marked `#| slow` or `#| gpu` too
 
-Without --slow, cells with these marks are not run and keep the outputs that they have. Widget state is
-not stored. A notebook whose run fails is left as it was.
+Without --slow, cells with these marks are not run and keep the outputs that they have. Widgets are not
+stored, nor their state: what they show without a kernel is. A notebook whose run fails is left as it was.
 """
 import argparse
 import os
@@ -35,7 +35,7 @@ def refresh(path: Path, slow: bool = False):
     folder = {"metadata": {"path": str(path.parent)}}
     NotebookClient(run, timeout=None, kernel_name="python3", store_widget_state=False, resources=folder).execute()
     for cell in run.cells:
-        cell.outputs = joined(cell.outputs)
+        cell.outputs = joined(without_widgets(cell.outputs))
     notebook.metadata.pop("widgets", None)
     temporary = path.with_name(f".{path.name}.new")
     nbformat.write(notebook, temporary)
@@ -44,6 +44,17 @@ def refresh(path: Path, slow: bool = False):
 
 
 CLEAN = "import sys; from nbdev.clean import nbdev_clean; nbdev_clean.__wrapped__(fname=sys.argv[1])"
+
+
+WIDGET = "application/vnd.jupyter.widget-view+json"
+
+
+def without_widgets(outputs: list) -> list:
+    "A widget lives as long as its kernel: a page beside it is kept, a widget that has none (a progress bar, say) is not."
+    kept = [output for output in outputs if WIDGET not in output.get("data", {}) or "text/html" in output.data]
+    for output in kept:
+        output.get("data", {}).pop(WIDGET, None)
+    return kept
 
 
 def joined(outputs: list) -> list:

@@ -49,7 +49,9 @@ def notebooks(tmp_path):
     def write(metadata=None, **cells_of):
         for name, cells in cells_of.items():
             content = {"cells": cells, "metadata": metadata or {}, "nbformat": 4, "nbformat_minor": 5}
-            (tmp_path / f"{name}.ipynb").write_text(json.dumps(content))
+            path = tmp_path / f"{name}.ipynb"
+            path.parent.mkdir(exist_ok=True)
+            path.write_text(json.dumps(content))
         return read_notebooks(tmp_path)
     return write
 
@@ -209,6 +211,8 @@ def test_committed_error_is_found(notebooks):
 
 def test_widget_state_is_found(notebooks):
     assert layout.no_widget_state(notebooks(metadata={"widgets": {}}, a=GOOD))
+    widget = {"output_type": "display_data", "data": {"application/vnd.jupyter.widget-view+json": {}, "text/html": "x"}, "metadata": {}}
+    assert "holds a widget" in layout.no_widget_state(notebooks(a=[TITLE, code("run", [widget])]))[0]
 
 
 @pytest.mark.parametrize("text", [
@@ -230,6 +234,27 @@ def test_other_paths_pass(text, notebooks):
 @pytest.mark.parametrize("text", ["# Title", "Text", "# Title\n> Sub\n\nIn this notebook you learn", "# Title\n\ntext"])
 def test_title_cell_with_more_is_found(text, notebooks):
     assert layout.title_cells_hold_the_title_only(notebooks(a=[markdown(text)]))
+
+
+@pytest.mark.parametrize("source", ["#| default_exp one", "#| export\nx = 1"])
+def test_exporting_tutorial_is_found(source, notebooks):
+    found = layout.tutorials_export_nothing(notebooks(**{"tutorials/a": [TITLE, code(source)], "b": GOOD}))
+    assert found == ["tutorials/a.ipynb is a tutorial and exports something"]
+
+
+@pytest.mark.parametrize("text, problem", [
+    ("![a curve](images/none.png)", "is missing"), ("![](https://a.org/b.png)", "without a text"), ("x ![ ](a.png)", "without a text"),
+    ("![a curve](a.png)", "is missing"),
+])
+def test_missing_picture_is_found(text, problem, notebooks):
+    assert problem in " ".join(layout.pictures_are_there(notebooks(a=[TITLE, markdown(text)])))
+
+
+def test_picture_is_seen(tmp_path, notebooks):
+    (tmp_path / "images").mkdir()
+    (tmp_path / "images" / "a.png").touch()
+    found = notebooks(**{"a": [TITLE, markdown("![a](images/a.png)")], "tutorials/b": [TITLE, markdown('![a](../images/a.png "a")')]})
+    assert layout.pictures_are_there(found) == []
 
 
 # ---- requirements
