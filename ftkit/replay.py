@@ -30,7 +30,7 @@ from .core import write_atomic
 from .curves import Curves, _drawing, _figure, draw
 from .data import FtkitError, printable
 from .report import smooth
-from .train import Run, _make_folder, _read_config, _versions, _machine, _without_bars, _yaml
+from .train import Run, _is_named, _make_folder, _read_config, _versions, _machine, _without_bars, _yaml
 
 # %% ../nbs/00d_replay.ipynb #timeline-class
 @dataclass(repr=False)
@@ -225,6 +225,7 @@ def replay(
     config, line = _read_config(folder), timeline(read_journal(folder))
     if line.end is None: raise FtkitError(f"{folder} has not come to its end, so there is nothing to repeat yet: resume it, or wait, or stop it")
     options, parts = _first_options(config["options"], line), _beginning(folder, line.start)
+    if model is None and not _is_named(config["model"]["name"]): raise FtkitError(f"the model of {folder} was made in memory: give replay the model")
     new = _make_folder(folder.parent, name or f"{folder.name}-replay")
     _copy_parts(folder, new, parts, name=new.name, options=options, replay_of=folder.name)
     for begin, end in pairwise([*sorted({line.start, *line.options}), line.end]):
@@ -245,9 +246,6 @@ def _surviving(history: list[dict]) -> list[dict]:
     return kept
 
 # %% ../nbs/00d_replay.ipynb #save-base
-def _is_named(name: str, model) -> bool: return bool(name) and name != type(model).__name__ and not name.startswith("tiny-")
-
-
 def _save_base(model, tokenizer: Path, folder: Path):
     "The model without its adapter, as a folder that `load_model` takes."
     shutil.copytree(tokenizer, folder)
