@@ -68,14 +68,16 @@ def _begun(view: RunView, event):
     view.state = "paused" if event.get("paused") else "running"
 
 
-def _rewound(view: RunView, event): _at(view, event, view.last.get("snapshots") or ())
+def _rewound(view: RunView, event):
+    _at(view, event, view.last.get("snapshots") or ())
+    view.state = "paused" if event.get("paused") else "running"
 
 # %% ../nbs/04_live.ipynb #takers-steps
 def _stepped(view: RunView, event):
     steps = event["step"] - (view.last.get("step") or 0)
     if steps > 0: view.paces.append((steps, sum(s for name, s in (event.get("seconds") or {}).items() if name != "asked")))
     view.last = event
-    if view.state == "paused": view.state = "running"
+    view.state = "paused" if event.get("paused") else "running"
 
 
 def _planned(view: RunView, event): view.plan = event
@@ -369,7 +371,8 @@ def _read_lines(path: Path, most: int = 400_000) -> list[dict]:
 
 # %% ../nbs/04_live.ipynb #question
 def _question(record) -> str:
-    "What a record asks, in one text."
+    "What a record asks, in one text; of an Alpaca record its input, since the instruction is the same for all."
+    if isinstance(record, dict) and str(record.get("input") or "").strip(): return str(record["input"])
     try: turns = [turn["content"] for turn in to_messages({**record, "output": "x"} if "instruction" in record else record) if turn["role"] == "user"]
     except (FtkitError, TypeError, KeyError): return str(record)
     return str(turns[-1]) if turns else ""
@@ -709,6 +712,7 @@ def _branch(self: Panel):
     with self._lock:
         self._look_at(twig)
         self._waiting, self._turns, self._pending = [], [], True
+        if rate: self.lr_exact.value = rate
         self._refresh_files()
     twig.start()
 

@@ -663,7 +663,7 @@ def _attach(self: Run, folder: Path):
     self._thread = self._worker = self._error = self._marked = None  # worker: the thread that trains
     self._begun, self._gate, self._model_lock = threading.Event(), threading.Lock(), threading.Lock()
     self._waits, self._fitting = False, False  # to begin paused; in `_train`
-    self._spent, self._told, self._peak = dict.fromkeys(TIMES, 0.0), dict.fromkeys(TIMES, 0.0), 0
+    self._spent, self._told, self._peak = dict.fromkeys((*TIMES, "paused"), 0.0), dict.fromkeys(TIMES, 0.0), 0
 
 # %% ../nbs/00c_train.ipynb #run-properties
 @patch(as_prop=True)
@@ -860,8 +860,9 @@ def _log_step(self: Run, fields: dict):
     fields["tokens_per_second"] = round(tokens / max(seconds, 1e-9), 1)
     self._counted = (self.tokens, self.seconds)
     self._last.update(fields)
-    spent, self._told = {k: round(v - self._told[k], 4) for k, v in self._spent.items()}, dict(self._spent)
+    spent, self._told = {k: round(self._spent[k] - self._told[k], 4) for k in TIMES}, dict(self._spent)
     more = dict(seconds=spent, **self._memory()) | (dict(snapshots=self._snapshots()) if self._steered else {})
+    if self.state == "paused": more["paused"] = True  # the rest of a step, for what needs a whole one
     self.journal.write("step", step=self.step, tokens=self.tokens, **fields, **more)
     self._notice_trouble(fields)
 
@@ -1145,22 +1146,21 @@ def _thin(self: Run, most: int):
 def _hold(self: Run, between_micro_batches: bool):
     "Wait until there is a reason to go on."
     own, entered, spent = rng_state(), time.perf_counter(), sum(self._spent.values())
-    while self.state == "paused" and not self._is_ending:
+    while self.state == "paused" and not self._is_ending and not self._deferred:
         self._show_progress()
         self._model_lock.release()  # now others may ask the model
         try: self.control.wait(0.5)
         finally: self._model_lock.acquire()
         self._take(between_micro_batches)
-    if self.state == "paused": self.state = "running"
     set_rng_state(own)
-    self._spent["own"] -= time.perf_counter() - entered - (sum(self._spent.values()) - spent)
+    self._spent["paused"] += time.perf_counter() - entered - (sum(self._spent.values()) - spent)
 
 # %% ../nbs/00c_train.ipynb #take
 @patch
 def _take(self: Run, between_micro_batches: bool):
     requests, self._deferred = self._deferred + self.control.take(self.step), []
     for request in requests:
-        if self._rewind_to is not None or between_micro_batches and request.action in ("pause", "resume", "stop", "checkpoint", "rewind"):
+        if self._rewind_to is not None or between_micro_batches and request.action in ("stop", "checkpoint", "rewind"):
             self._deferred.append(request)  # they need a whole step, or the step that is gone back to
             continue
         old = (self.held_learning_rate or "schedule") if request.action == "lr" else None
@@ -1230,7 +1230,7 @@ def _go_back(self: Run) -> Path:
     self._forget_after(step)
     state = json.loads((folder / "ftkit.json").read_text())
     self.step, self.tokens, self._rewind_to = step, state["tokens"], None
-    self.journal.write("rewind", step=step, tokens=self.tokens, back_from=here, held=state["held"])
+    self.journal.write("rewind", step=step, tokens=self.tokens, back_from=here, held=state["held"], paused=self.state == "paused")
     return folder
 
 

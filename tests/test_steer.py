@@ -128,6 +128,38 @@ def test_pause_talk_go_on_leaves_no_trace(tmp_path, whole, snapshots_each_step):
     assert is_whole(run.wait(), whole)
 
 
+def test_a_pause_in_the_middle_of_a_step(tmp_path):
+    fours, asked = dict(per_device_train_batch_size=1, gradient_accumulation_steps=4), []
+    straight = new_run(tmp_path, **fours).fit()
+    run = new_run(tmp_path, **fours, callbacks=(On("on_substep_end", 4, lambda: asked.append(run.control.pause())),)).start()
+    until(lambda: asked and asked[0].status == "applied")
+    steps = [e["tokens"] for e in run.history if e["what"] == "step"]
+    assert (run.state, run.step) == ("paused", 4) and run.tokens > steps[-1]
+    run.sample(at="base", max_new_tokens=4), run.evaluate()
+    saved = run.control.checkpoint()  # needs the rest of the step; then the pause is held again
+    assert run.control.answered(saved, 60) and (saved.status, saved.step) == ("applied", 5)
+    paused_at(run, 5)
+    assert [e["paused"] for e in run.history if e["what"] == "step" and "paused" in e] == [True]
+    run.control.resume()
+    assert course(run.wait()) == course(straight) and weights_hash(run.model) == weights_hash(straight.model)
+    assert [e["seconds"]["own"] < 5 for e in run.history if e["what"] == "step"] == [True] * 8
+
+
+def test_a_pause_is_nobodys_time(tmp_path):
+    run = new_run(tmp_path, {4: [("pause", None)]}).start()
+    paused_at(run, 4)
+    time.sleep(3)
+    run.control.resume()
+    assert max(sum(e["seconds"].values()) for e in run.wait().history if e["what"] == "step" and e["step"] > 3) < 3
+
+
+def test_going_back_in_a_pause_stays_a_pause(tmp_path, whole, snapshots_each_step):
+    run = new_run(tmp_path, {5: [("pause", None)]}).start()
+    paused_at(run, 5).rewind(3)
+    paused_at(run, 3).resume()
+    assert is_whole(run.wait(), whole) and [e["paused"] for e in run.history if e["what"] == "rewind"] == [True]
+
+
 def test_a_resume_in_the_middle_of_an_answer_waits_for_it(tmp_path, whole, snapshots_each_step, monkeypatch):
     run, seen = new_run(tmp_path, {4: [("pause", None)]}).start(), []
 

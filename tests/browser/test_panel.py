@@ -277,8 +277,9 @@ def test_rewind(notebook, run):
     until(notebook, lambda: f"rewind to step {target}: applied at step {before}" in part(notebook, "actions").inner_text(), "said so")
     until(notebook, lambda: shown_step(notebook) < before, "an earlier step is shown")
     until(notebook, lambda: f"step {before}" not in part(notebook, "samples").inner_text(), "samples of later steps are gone")
+    until(notebook, lambda: label(notebook) == "Resume" and shown_step(notebook) == target, "still paused, at that step")
+    resume(notebook, run)
     goes_on(notebook, run, 1)
-    until(notebook, lambda: label(notebook) == "Pause", "going back ends the pause")
 
 
 def test_shown_twice_closed_and_shown_again(notebook, run):
