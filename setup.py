@@ -41,6 +41,7 @@ setup(
     extras_require={name: cfg[f"{name}_requirements"].split() for name in extra_names},
     entry_points={
         "console_scripts": cfg["console_scripts"].split(),
+        "ftkit.show": [f"run={cfg['lib_name']}.live:show_run"],  # what a run at the end of a notebook's cell shows
         "nbdev": [f"{cfg['lib_name']}={cfg['lib_path']}._modidx:d"],
     },
     zip_safe=False,

@@ -248,13 +248,11 @@ def ask(run, shown, noted, way, action: str) -> dict:
     return dict(action=action, way=way.__name__, asked=unix(event["asked"]), seconds=unix(event["time"]) - unix(event["asked"]), returned=returned)
 
 
-def lengths(asked: dict, stamps: list) -> dict:
-    "How long the micro-batch took, and the step, that was under way when something was asked."
+def micro_batch(asked: dict, stamps: list) -> float:
+    "How long the micro-batch took that was under way when something was asked."
     times = [stamp for stamp, _ in stamps]
     at = bisect.bisect_right(times, asked["asked"])
-    ends = [stamp for stamp, last in stamps[at:] if last] or times[-1:]
-    begins = [stamp for stamp, last in stamps[:at] if last] or times[:1]
-    return dict(micro_batch=times[min(at, len(times) - 1)] - times[at - 1], step=ends[0] - begins[-1])
+    return times[min(at, len(times) - 1)] - times[at - 1]
 
 
 def answers(asks: int) -> dict:
@@ -273,8 +271,11 @@ def answers(asks: int) -> dict:
     noted.next()
     end(run)
     shown.close()
+    rates = [one for one in found if one["action"] == "lr"]
+    for one in rates: one["micro_batch"] = micro_batch(one, noted.stamps)
+    usual = statistics.median(one["micro_batch"] for one in rates)
     for one in found:
-        if one["action"] != "resume": one.update(lengths(one, noted.stamps))
+        if one["action"] == "pause": one["micro_batch"] = usual  # its own has no end until the run goes on
     return dict(asked=found, accumulation=4)
 
 
@@ -322,14 +323,14 @@ def report_cost(figures: dict):
 
 def report_answers(figures: dict):
     asked, grace = figures["asked"], 0.1
-    timed = [one for one in asked if "step" in one]
-    print(f"\nfrom asking to effect; micro-batch {statistics.median(one['micro_batch'] for one in timed):.2f} s, step of {figures['accumulation']} {statistics.median(one['step'] for one in timed):.2f} s")
+    usual = statistics.median(one["micro_batch"] for one in asked if one["action"] == "lr")
+    print(f"\nfrom asking to effect; micro-batch {usual:.2f} s in the median, {figures['accumulation']} a step")
     print(f"{'':<24}{'median, s':>10}{'longest, s':>12}   in time, of {sum(one['way'] == 'press' and one['action'] == 'lr' for one in asked)}")
     for action in ("lr", "pause", "resume"):
         for way, name in (("press", "button"), ("type_command", "ftkit steer")):
             some = [one for one in asked if (one["action"], one["way"]) == (action, way)]
-            within = {unit: sum(one["seconds"] <= one[unit] + grace for one in some) for unit in ("micro_batch", "step") if unit in some[0]}
-            told = ", ".join(f"{count} within their {unit.replace('_', '-')} + {1000 * grace:.0f} ms" for unit, count in within.items()) or f"{sum(one['seconds'] <= grace for one in some)} within {1000 * grace:.0f} ms"
+            within = sum(one["seconds"] <= one.get("micro_batch", 0.0) + grace for one in some)
+            told = f"{within} within " + ("a micro-batch + " if action != "resume" else "") + f"{1000 * grace:.0f} ms"
             print(f"{action + ', ' + name:<24}{statistics.median(one['seconds'] for one in some):10.3f}{max(one['seconds'] for one in some):12.3f}   {told}")
     print(f"the whole command `ftkit steer`, Python's start and its waiting for the answer included: {statistics.median(one['returned'] for one in asked if one['way'] == 'type_command'):.2f} s in the median")
 

@@ -111,7 +111,8 @@ def pick_attention(
     "Measured once for a machine, a format and a size of heads. Only on a CPU, below float32, and where PyTorch's kernel would be used."
     weight, heads = next(p for p in model.parameters() if p.is_floating_point()), _heads(model)
     if weight.device.type != "cpu" or weight.dtype not in (torch.bfloat16, torch.float16) or heads is None: return False, "PyTorch's attention"
-    if model.config._attn_implementation != "sdpa": return False, f"{model.config._attn_implementation} attention, as the model was loaded"
+    implementation = model.config.get_text_config()._attn_implementation
+    if implementation != "sdpa": return False, f"{implementation} attention, as the model was loaded"
     form = str(weight.dtype).removeprefix("torch.")
     times = _remembered_times(f"{_machine_key(weight.device)}, {form}, heads {heads}", lambda: measure_attention(*heads, weight.dtype))
     if times is None or not times["sdpa"] > 1.25 * times["grouped"]: return False, "PyTorch's attention"
@@ -131,6 +132,7 @@ def attention_of(
     from transformers.masking_utils import sdpa_mask
     AttentionInterface.register("ftkit_grouped", grouped_attention)
     AttentionMaskInterface.register("ftkit_grouped", sdpa_mask)
-    before, model.config._attn_implementation = model.config._attn_implementation, "ftkit_grouped"
+    config = model.config.get_text_config()
+    before, config._attn_implementation = config._attn_implementation, "ftkit_grouped"
     try: yield
-    finally: model.config._attn_implementation = before
+    finally: config._attn_implementation = before

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['ENDS', 'TAKERS', 'PANEL_STYLE', 'PART_STYLE', 'STYLE', 'STATES', 'SPENT', 'WRONG', 'BETTER', 'RunView', 'head_html',
            'progress_html', 'status_html', 'actions_html', 'notice_html', 'notes_html', 'stale_html', 'samples_html',
-           'lens_html', 'blocked', 'Panel', 'chat_html', 'panel']
+           'lens_html', 'blocked', 'Panel', 'chat_html', 'panel', 'show_run']
 
 # %% ../nbs/04_live.ipynb #exported-imports
 import html
@@ -709,6 +709,7 @@ def _branch(self: Panel):
     if name and (Path(name).name != name or name.startswith(".")): raise FtkitError(f"{name[:40]!r} is not a name for a run: use a plain folder name")
     options = {"learning_rate": check_action("lr", _float(rate))} if rate else {}
     twig = self.run.branch(at=at, name=name, **options)
+    self.run._panel, twig._panel = None, self
     with self._lock:
         self._look_at(twig)
         self._waiting, self._turns, self._pending = [], [], True
@@ -892,7 +893,7 @@ def _look(self: Panel):
 def _look_locked(self: Panel):
     before = self.view.changes
     self._pending |= self.view.poll()
-    wait = max(0.5, 60 * self._cost) if self.view.state == "running" else 0.5 if self.view.ending is None else 0.0
+    wait = max(0.5, 100 * self._cost) if self.view.state == "running" else 0.5 if self.view.ending is None else 0.0
     due = self._pending and time.monotonic() - self._drawn > wait
     if self.view.changes != before: self._refresh_files()
     self._refresh(draws=due)
@@ -948,8 +949,10 @@ def panel(
     return Panel(run)
 
 # %% ../nbs/04_live.ipynb #run-shows
-@patch
-def _ipython_display_(self: Run):
+def show_run(
+    run: Run,  # of this kernel
+) -> None:
+    "Display the run's panel, the same one each time until it is closed."
     from IPython.display import display
-    if getattr(self, "_panel", None) is None or self._panel._closing: self._panel = Panel(self)
-    display(self._panel)
+    if getattr(run, "_panel", None) is None or run._panel._closing: run._panel = Panel(run)
+    display(run._panel)

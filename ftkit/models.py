@@ -165,7 +165,7 @@ def _usable_prefix(model, prompts, max_new_tokens):
 def _append(layer, room, keys, values, *args, **kwargs):
     "`update` of a cache layer, without copying what it holds while there is room."
     held, length, end = (layer.keys, layer.values), layer.keys.shape[2], layer.keys.shape[2] + keys.shape[2]
-    spare = getattr(layer, "ftkit_room", None)
+    spare = layer.ftkit_room
     if spare is None or spare[0].data_ptr() != layer.keys.data_ptr() or spare[0].shape[2] < end:
         spare = layer.ftkit_room = [torch.cat([old, old.new_empty(*old.shape[:2], room, old.shape[3])], dim=2) for old in held]
     for part, new in zip(spare, (keys, values)):
@@ -176,7 +176,13 @@ def _append(layer, room, keys, values, *args, **kwargs):
 
 def _give_room(cache, room):
     for layer in cache.layers:
-        layer.update = partial(_append, layer, max(room, 1))
+        layer.ftkit_room, layer.update = None, partial(_append, layer, room)
+
+
+def _take_room(cache):
+    "Layers as they were: one that holds its own `update` would be freed by the garbage collector only."
+    for layer in cache.layers:
+        layer.__dict__.pop("update", None), layer.__dict__.pop("ftkit_room", None)
 
 # %% ../nbs/00b_models.ipynb #greedy
 def _greedy(model, prompts, stop, pad, max_new_tokens):
@@ -191,7 +197,6 @@ def _greedy(model, prompts, stop, pad, max_new_tokens):
     for made in range(max_new_tokens):
         positions = (mask.cumsum(-1) - 1).clamp(min=0)[:, -ids.shape[1] :]
         logits = _base(model)(input_ids=ids, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True, logits_to_keep=1).logits
-        if not made: _give_room(cache, max_new_tokens)
         chosen = logits[:, -1].argmax(-1).tolist()
         going = [i for i, token in enumerate(chosen) if token not in stop]
         for i in going:
@@ -201,8 +206,11 @@ def _greedy(model, prompts, stop, pad, max_new_tokens):
         if len(going) < len(alive):
             alive, mask = [alive[i] for i in going], mask[going]
             cache.batch_select_indices(torch.tensor(going, device=device))
+        if not made or len(going) < len(chosen):
+            _give_room(cache, max_new_tokens - made)
         ids = torch.tensor([[chosen[i]] for i in going], device=device)
         mask = torch.cat([mask, mask.new_ones(len(going), 1)], dim=1)
+    _take_room(cache)
     return answers
 
 # %% ../nbs/00b_models.ipynb #generate

@@ -176,8 +176,25 @@ OTHER_WAYS = dict(
     save_only_model=(False, "a checkpoint always holds what a resume needs"), resume_from_checkpoint=(None, "use Run.open(folder)"),
 )
 
+# %% ../nbs/00c_train.ipynb #beside-training
+_resetting = threading.Lock()
+
+
+@contextlib.contextmanager
+def _beside_training(own):
+    from accelerate.state import AcceleratorState
+    others = [run for reference in list(_holders.values()) if (run := reference()) not in (None, own) and run.is_training]
+    if not others:
+        yield
+        return
+    with _resetting:
+        reset = AcceleratorState.__dict__["_reset_state"]
+        AcceleratorState._reset_state = staticmethod(lambda *args, **kwargs: None)
+        try: yield
+        finally: AcceleratorState._reset_state = reset
+
 # %% ../nbs/00c_train.ipynb #sft-config
-def _sft_config(model, folder, has_held_out: bool, options: dict) -> SFTConfig:
+def _sft_config(model, folder, has_held_out: bool, options: dict, own=None) -> SFTConfig:
     options = _settle_conflicts({**default_options(model), **options}, options)
     if not has_held_out: options["eval_strategy"] = "no"
     if options.setdefault("eval_strategy", "steps") == "no": options["eval_on_start"] = False
@@ -186,7 +203,7 @@ def _sft_config(model, folder, has_held_out: bool, options: dict) -> SFTConfig:
     known = SFTConfig.__dataclass_fields__
     unknown = sorted(set(options) - set(known))
     if unknown: raise FtkitError(f"unknown option {unknown[0]!r}: Run takes the options of trl.SFTConfig, for example learning_rate, max_steps, save_steps")
-    with _without_bars():
+    with _without_bars(), _beside_training(own):
         try: return SFTConfig(output_dir=str(folder), dataset_kwargs={"skip_prepare_dataset": True}, remove_unused_columns=False, **options)
         except (ValueError, TypeError) as error: raise FtkitError(f"the options do not go together: {' '.join(str(error).split())}") from error
 
@@ -630,7 +647,7 @@ def _take_in(self: Run, model, tokenizer, data, held_out, prompts, allow, compil
     _sft_config(model, "unused", held_out is not None, options), _yaml(options)
     for record in prompts: encode_prompt(record, tokenizer)
     self._preflight()
-    self.plan = loss_plan(model)
+    with _undisturbed(model): self.plan = loss_plan(model)
     if options.get("neftune_noise_alpha"): self.plan = self.plan.without_prefix("NEFTune draws noise for each row")
 
 # %% ../nbs/00c_train.ipynb #check-trainable
@@ -661,7 +678,7 @@ def _attach(self: Run, folder: Path):
     self.seconds, self._began, self._counted, self._bar, self._last = 0.0, 0.0, (0, 0.0), None, {}
     self._ring, self._disk, self._rewind_to, self._script, self._answers, self._trouble = _Ring(), _Pace(), None, {}, {}, None
     self._thread = self._worker = self._error = self._marked = None  # worker: the thread that trains
-    self._begun, self._gate, self._model_lock = threading.Event(), threading.Lock(), threading.Lock()
+    self._begun, self._gate, self._model_lock, self._branching = threading.Event(), threading.Lock(), threading.Lock(), threading.Lock()
     self._waits, self._fitting = False, False  # to begin paused; in `_train`
     self._spent, self._told, self._peak = dict.fromkeys((*TIMES, "paused"), 0.0), dict.fromkeys(TIMES, 0.0), 0
 
@@ -806,7 +823,7 @@ def _preflight(self: Run):
 def _make_trainer(self: Run) -> Trainer:
     options = dict(self.options)
     if not {"gradient_checkpointing", "activation_checkpointing"} & set(options) and self._too_big(): options["gradient_checkpointing"] = True
-    args = _sft_config(self.model, self.folder, self.held_out is not None, options)
+    args = _sft_config(self.model, self.folder, self.held_out is not None, options, own=self)
     if args.gradient_checkpointing or getattr(args, "activation_checkpointing", False):
         self.plan = self.plan.without_prefix("gradient checkpointing keeps no keys and values")
     for name in ("trainer", "trainer_callback", "trainer_utils"): logging.getLogger(f"transformers.{name}").setLevel(logging.ERROR)
@@ -949,6 +966,17 @@ def _check_model(self: Run):
     if self.model is None: raise FtkitError(f"this run was freed; take it up again with Run.open({str(self.folder)!r})")
     other = self._holder
     if other not in (None, self) and other.is_training: raise FtkitError(f"{self.folder} shares its model with {other.folder}, which is training; wait for it, or load the model once more")
+
+# %% ../nbs/00c_train.ipynb #undisturbed
+@contextlib.contextmanager
+def _undisturbed(model):
+    "Nobody trains the model inside the block."
+    other = _holders.get(_base(model), lambda: None)()
+    if other is None or not other.is_training:
+        yield
+        return
+    if other.state != "paused": raise FtkitError(f"this model is being trained by {other.folder}: pause or stop that run first, or load the model once more")
+    with other._model_lock: yield
 
 # %% ../nbs/00c_train.ipynb #at-rest
 @patch
@@ -1157,11 +1185,18 @@ def _hold(self: Run, between_micro_batches: bool):
 
 # %% ../nbs/00c_train.ipynb #take
 @patch
+def _must_wait(self: Run, request, between_micro_batches: bool) -> bool:
+    "Whether it needs a whole step, or comes behind a rewind: then it is meant for the step that is gone back to."
+    behind = self._rewind_to is not None or any(earlier.action == "rewind" for earlier in self._deferred)
+    return behind or between_micro_batches and request.action in ("stop", "checkpoint", "rewind")
+
+
+@patch
 def _take(self: Run, between_micro_batches: bool):
     requests, self._deferred = self._deferred + self.control.take(self.step), []
     for request in requests:
-        if self._rewind_to is not None or between_micro_batches and request.action in ("stop", "checkpoint", "rewind"):
-            self._deferred.append(request)  # they need a whole step, or the step that is gone back to
+        if self._must_wait(request, between_micro_batches):
+            self._deferred.append(request)
             continue
         old = (self.held_learning_rate or "schedule") if request.action == "lr" else None
         try: refusal = self._act(request)
@@ -1210,6 +1245,7 @@ def _train_locked(self: Run):
         self._bar, self._deferred = None, []
         with contextlib.suppress(FtkitError): self.control.close(self.step, self.tokens)
     self._end()
+    self.control.close(self.step, self.tokens)  # what was asked while the end was saved
 
 # %% ../nbs/00c_train.ipynb #train-from
 @patch
@@ -1270,6 +1306,7 @@ def _newest(self: Run) -> Path | None:
 def _begin(self: Run, checkpoint: Path | None):
     self.state, self._stopping, self._interrupted = "paused" if self._waits else "running", False, False
     self._waits, self._rewind_to, self._trouble, self._ring, self._disk = False, None, None, _Ring(), _Pace()
+    if self.trainer is not None: self.control.close(self.step, self.tokens, "the run was not training then")
     step, held = 0, None
     if checkpoint:
         state, step = json.loads((checkpoint / "ftkit.json").read_text()), _step_of(checkpoint)
@@ -1516,6 +1553,13 @@ def branch(
     **options,  # of `SFTConfig`; they win over this run's
 ) -> "Run":  # at that step; `start` or `fit` it
     "A new run that begins with the state of this one at a step. Stops this run."
+    if not self._branching.acquire(blocking=False): raise FtkitError("a branch of this run is being made already")
+    try: return self._branch(at, name, options)
+    finally: self._branching.release()
+
+
+@patch
+def _branch(self: Run, at, name, options: dict) -> "Run":
     self._check_model()
     _check_name(name := name or f"{self.folder.name}-branch")
     _sft_config(self.model, "unused", self.held_out is not None, {**self.options, **options}), _yaml(options)
@@ -1567,7 +1611,7 @@ def open(
     data, held_out, prompts = _read_data(folder, config)
     run = cls.__new__(cls)
     run._take_in(model, tokenizer, data, held_out, prompts, config["allow"], config["compile"], callbacks, quiet, {**config["options"], **options})
-    run.plan = replace(run.plan, attention=config.get("attention", False))  # bit for bit as it began
+    run._keep_attention(config)
     run._attach(folder)
     run._check_model()
     load_weights(model, checkpoint)
@@ -1590,6 +1634,14 @@ def _read_config(folder: Path) -> dict:
     if not path.exists(): raise FtkitError(f"{folder} is not the folder of a run: it has no config.yaml")
     try: return yaml.safe_load(path.read_text(encoding="utf-8"))
     except yaml.YAMLError as error: raise FtkitError(f"{path} cannot be read: {str(error).splitlines()[0]}") from error
+
+# %% ../nbs/00c_train.ipynb #keep-attention
+@patch
+def _keep_attention(self: Run, config: dict):
+    base, grouped = _base(self.model), bool(config.get("attention"))
+    if grouped == self.plan.attention or base.device.type != "cpu": return
+    if grouped and base.config.get_text_config()._attn_implementation != "sdpa": return
+    self.plan = replace(self.plan, attention=grouped, reason=config["loss"])
 
 # %% ../nbs/00c_train.ipynb #with-adapter
 def _with_adapter(model, checkpoint: Path):
@@ -1642,6 +1694,16 @@ def _card(self: Run) -> dict:
 def history(self: Run) -> list[dict]:
     "The events of the journal so far."
     return read_journal(self.folder)
+
+# %% ../nbs/00c_train.ipynb #show-run
+@patch
+def _ipython_display_(self: Run):
+    for shower in importlib.metadata.entry_points(group="ftkit.show"): return shower.load()(self)
+    print(repr(self))
+
+
+@patch
+def __repr__(self: Run): return f"Run({str(self.folder)!r}, {self.state}, step {self.step})"
 
 # %% ../nbs/00c_train.ipynb #show-progress
 @patch

@@ -140,9 +140,45 @@ def test_a_pause_in_the_middle_of_a_step(tmp_path):
     assert run.control.answered(saved, 60) and (saved.status, saved.step) == ("applied", 5)
     paused_at(run, 5)
     assert [e["paused"] for e in run.history if e["what"] == "step" and "paused" in e] == [True]
+    assert course(run) == course(straight)[:5]
     run.control.resume()
     assert course(run.wait()) == course(straight) and weights_hash(run.model) == weights_hash(straight.model)
-    assert [e["seconds"]["own"] < 5 for e in run.history if e["what"] == "step"] == [True] * 8
+
+
+def test_what_is_asked_behind_a_rewind_is_meant_for_the_step_gone_back_to(tmp_path):
+    def ask(): asked.extend([run.control.rewind(0), run.control.set_lr(1e-4)])
+    fours, asked = dict(per_device_train_batch_size=1, gradient_accumulation_steps=4), []
+    run = new_run(tmp_path, **fours, callbacks=(On("on_substep_end", 4, ask),))
+    run.start().wait()
+    assert [(one.status, one.step) for one in asked] == [("applied", 5), ("applied", 0)]
+    assert {rate for *_, rate in course(run)} == {1e-4} and run.state == "finished"
+
+
+def test_what_is_asked_while_the_end_is_saved_is_refused(tmp_path, monkeypatch):
+    run, asked, save = new_run(tmp_path, max_steps=2), [], Run.save
+    monkeypatch.setattr(Run, "save", lambda self: (asked.append(run.control.pause()), save(self)))
+    run.start().wait()
+    assert (asked[0].status, asked[0].reason) == ("refused", "the run has ended")
+    asked.append(run.control.stop())
+    again = opened(run.folder, max_steps=3)
+    assert again.fit().step == 3
+
+
+def test_another_run_is_made_while_one_trains(tmp_path):
+    run, made = new_run(tmp_path), []
+    run.callbacks.append(On("on_step_begin", 3, lambda: made.append(new_run(tmp_path, name="other"))))
+    assert run.start().wait().state == "finished"
+    assert made[0].fit().step == 8
+
+
+def test_a_second_run_on_a_model_in_training_is_refused_at_once(tmp_path, whole):
+    stepping, gate = threading.Event(), threading.Event()
+    run = new_run(tmp_path, callbacks=(On("on_step_begin", 1, lambda: (stepping.set(), gate.wait(60))),)).start()
+    assert stepping.wait(60)
+    with pytest.raises(FtkitError, match="is being trained by"):
+        new_run(tmp_path, model=run.model)
+    gate.set()
+    assert is_whole(run.wait(), whole)
 
 
 def test_a_pause_is_nobodys_time(tmp_path):
