@@ -60,7 +60,7 @@ def grouped_attention(
     return _products(query, key, value, attention_mask, scaling).transpose(1, 2).contiguous(), None
 
 # %% ../nbs/00b1_attention.ipynb #time-attention
-def _milliseconds(way, heads: int, groups: int, width: int, dtype: torch.dtype, rounds: int = 3) -> float:
+def _milliseconds(way, heads: int, groups: int, width: int, dtype: torch.dtype, rounds: int = 6) -> float:
     module = torch.nn.Module()
     module.num_key_value_groups, module.is_causal = heads // groups, True
     parts = [torch.ones(4, *shape, dtype=dtype, requires_grad=True) for shape in ((heads, 128, width), (groups, 192, width), (groups, 192, width))]
@@ -93,6 +93,9 @@ def _heads(model) -> tuple[int, int, int] | None:
     return heads, getattr(config, "num_key_value_heads", None) or heads, width
 
 # %% ../nbs/00b1_attention.ipynb #remembered-times
+def _is_worth_it(times: dict[str, float]) -> bool: return times["sdpa"] > 1.25 * times["grouped"]
+
+
 def _remembered_times(key: str, measure) -> dict[str, float] | None:
     "What was measured on this machine before, or is now; None on one that is busy."
     path = cache_dir() / "attention.json"
@@ -101,7 +104,7 @@ def _remembered_times(key: str, measure) -> dict[str, float] | None:
     if not isinstance(known, dict): known = {}
     if key in known or _busy(): return known.get(key)
     times = measure()
-    write_atomic(path, json.dumps({**known, key: times}, indent=1))
+    if _is_worth_it(times): write_atomic(path, json.dumps({**known, key: times}, indent=1))
     return times
 
 # %% ../nbs/00b1_attention.ipynb #pick-attention
@@ -115,7 +118,7 @@ def pick_attention(
     if implementation != "sdpa": return False, f"{implementation} attention, as the model was loaded"
     form = str(weight.dtype).removeprefix("torch.")
     times = _remembered_times(f"{_machine_key(weight.device)}, {form}, heads {heads}", lambda: measure_attention(*heads, weight.dtype))
-    if times is None or not times["sdpa"] > 1.25 * times["grouped"]: return False, "PyTorch's attention"
+    if times is None or not _is_worth_it(times): return False, "PyTorch's attention"
     return True, f"attention as matrix products, {times['sdpa'] / times['grouped']:.1f} times as fast here"
 
 # %% ../nbs/00b1_attention.ipynb #attention-of
