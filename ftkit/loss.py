@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 
 from .attention import attention_of, pick_attention
-from .models import _base, prefix_cache, prefix_obstacle, shared_prefix_length
+from .models import _base, _checkpoints_layers, prefix_cache, prefix_obstacle, shared_prefix_length
 
 # %% ../nbs/00c1_loss.ipynb #plain-loss
 def plain_loss(
@@ -139,9 +139,6 @@ class LossPlan:
         return replace(self, prefix=False, reason=f"LM head on trained tokens only; no shared prefix: {why}") if self.prefix else self
 
 # %% ../nbs/00c1_loss.ipynb #loss-sum
-def _checkpoints_layers(model) -> bool: return any(getattr(m, "gradient_checkpointing", False) for m in model.modules())
-
-
 def loss_sum(
     model: torch.nn.Module,  # a causal language model, bare or under PEFT
     batch: dict[str, torch.Tensor],  # input_ids, attention_mask, labels; each (rows, length), right-padded

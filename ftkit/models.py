@@ -111,6 +111,10 @@ def _base(model):
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 # %% ../nbs/00b_models.ipynb #prefix-obstacle
+def _checkpoints_layers(model) -> bool:
+    return any(getattr(module, "gradient_checkpointing", False) for module in model.modules())
+
+
 def prefix_obstacle(
     model,  # a causal language model of transformers, or a PEFT model around one
 ) -> str | None:  # why a shared prefix cannot be used, or None where it is exact
@@ -126,7 +130,7 @@ def prefix_obstacle(
         return "its rotary embedding changes with the length of the row"
     if getattr(getattr(model, "active_peft_config", None), "is_prompt_learning", False):
         return "its adapter puts vectors of its own in front of the row"
-    if model.training and any(getattr(module, "gradient_checkpointing", False) for module in model.modules()):
+    if model.training and _checkpoints_layers(model):
         return "gradient checkpointing keeps no keys and values"
 
 # %% ../nbs/00b_models.ipynb #prefix-cache

@@ -952,9 +952,11 @@ def _check_kept(self: Run, step: int):
 _holders = weakref.WeakKeyDictionary()  # model: reference to the run whose weights it has
 
 
+def _holder_of(model) -> "Run | None": return _holders.get(_base(model), lambda: None)()
+
+
 @patch(as_prop=True)
-def _holder(self: Run) -> "Run | None":
-    return _holders.get(_base(self.model), lambda: None)()
+def _holder(self: Run) -> "Run | None": return _holder_of(self.model)
 
 
 @patch
@@ -971,7 +973,7 @@ def _check_model(self: Run):
 @contextlib.contextmanager
 def _undisturbed(model):
     "Nobody trains the model inside the block."
-    other = _holders.get(_base(model), lambda: None)()
+    other = _holder_of(model)
     if other is None or not other.is_training:
         yield
         return
