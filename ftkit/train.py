@@ -678,7 +678,7 @@ def _attach(self: Run, folder: Path):
     self.seconds, self._began, self._counted, self._bar, self._last = 0.0, 0.0, (0, 0.0), None, {}
     self._ring, self._disk, self._rewind_to, self._script, self._answers, self._trouble = _Ring(), _Pace(), None, {}, {}, None
     self._thread = self._worker = self._error = self._marked = None  # worker: the thread that trains
-    self._begun, self._gate, self._model_lock, self._branching = threading.Event(), threading.Lock(), threading.Lock(), threading.Lock()
+    self._begun, self._gate, self._model_lock, self._branching = threading.Event(), threading.Lock(), _lock_of(self.model), threading.Lock()
     self._waits, self._fitting = False, False  # to begin paused; in `_train`
     self._spent, self._told, self._peak = dict.fromkeys((*TIMES, "paused"), 0.0), dict.fromkeys(TIMES, 0.0), 0
 
@@ -950,6 +950,11 @@ def _check_kept(self: Run, step: int):
 
 # %% ../nbs/00c_train.ipynb #holders
 _holders = weakref.WeakKeyDictionary()  # model: reference to the run whose weights it has
+_model_locks, _making_lock = weakref.WeakKeyDictionary(), threading.Lock()  # model: held by whoever works with its weights
+
+
+def _lock_of(model) -> threading.Lock:
+    with _making_lock: return _model_locks.setdefault(_base(model), threading.Lock())
 
 
 def _holder_of(model) -> "Run | None": return _holders.get(_base(model), lambda: None)()
@@ -978,7 +983,7 @@ def _undisturbed(model):
         yield
         return
     if other.state != "paused": raise FtkitError(f"this model is being trained by {other.folder}: pause or stop that run first, or load the model once more")
-    with other._model_lock: yield
+    with _lock_of(model): yield
 
 # %% ../nbs/00c_train.ipynb #at-rest
 @patch
@@ -989,6 +994,7 @@ def _at_rest(self: Run):
         yield
         return
     self._check_paused()
+    self._check_model()
     with self._model_lock:
         self._check_paused()
         self._check_model()
@@ -1616,8 +1622,9 @@ def open(
     run._keep_attention(config)
     run._attach(folder)
     run._check_model()
-    load_weights(model, checkpoint)
-    run._hold_model()
+    with run._model_lock:
+        load_weights(model, checkpoint)
+        run._hold_model()
     run.step, run.origin = _step_of(checkpoint), config.get("parent", {}).get("step", 0)
     run._note_changes(config, options)
     return run
