@@ -41,13 +41,13 @@ from transformers import TrainerCallback
 from transformers.trainer_callback import ExportableState, PrinterCallback
 from trl import SFTConfig, SFTTrainer
 
-from .checkpoint import checkpoints, load_optimizer, load_rng, newest_checkpoint, remove_folder, rng_state, save_optimizer, save_rng, set_rng_state, sweep_temporary, verify_folder, write_folder
+from .checkpoint import checkpoints, load_optimizer, load_rng, newest_checkpoint, paged_again, remove_folder, rng_state, save_optimizer, save_rng, set_rng_state, sweep_temporary, verify_folder, write_folder
 from .control import Control, Journal, RemoteControl, read_journal
-from .core import cache_dir, pick_dtype, write_atomic
+from .core import cache_dir, pick_dtype, require, write_atomic
 from .data import FtkitError, collate, encode_data, encode_prompt, fingerprint, load_records, printable
 from .lens import lens
 from .loss import LossPlan, compile_layers, loss_plan, loss_sum, trained_tokens, uncompile_layers
-from .models import _base, base_name, generate, load_model
+from .models import _base, base_name, generate, load_model, quantization
 from .preflight import FINDINGS, preflight
 from .report import write_model_card
 
@@ -187,6 +187,14 @@ OTHER_WAYS = dict(
     save_only_model=(False, "a checkpoint always holds what a resume needs"), resume_from_checkpoint=(None, "use Run.open(folder)"),
 )
 
+# %% ../nbs/00c_train.ipynb #check-optimizer
+def _check_optimizer(options: dict, device: torch.device) -> str | None:
+    "What to say about the optimizer; raises where it needs a package that is missing."
+    name = str(getattr(options["optim"], "value", options["optim"]))
+    if name == "adamw_torch_8bit" or not any(word in name for word in ("8bit", "paged", "bnb", "ademamix")) or name.startswith("galore"): return
+    require("bitsandbytes", "qlora")
+    if "paged" in name and device.type == "cpu": return f"optim={name}: there is nothing to page on a CPU; its moments stay in memory, otherwise the same"
+
 # %% ../nbs/00c_train.ipynb #beside-training
 _resetting = threading.Lock()
 
@@ -272,6 +280,15 @@ def _factor(group: dict) -> float: return group.get("rate_factor", 1.0)
 
 def _plain_rate(groups: list[dict]) -> float: return groups[0]["lr"] / _factor(groups[0])
 
+# %% ../nbs/00c_train.ipynb #tensors-kept
+@contextlib.contextmanager
+def _tensors_kept(model):
+    "Whatever the block puts in place of the trained tensors, the old ones come back."
+    before = [(p, p.data) for p in _trained(model)]
+    try: yield
+    finally:
+        for parameter, tensor in before: parameter.data = tensor
+
 # %% ../nbs/00c_train.ipynb #trainer-class
 class Trainer(SFTTrainer):
     "TRL's `SFTTrainer` with ftkit's loss, row order, evaluation and checkpoints; made by `Run`, which is `self.run`."
@@ -283,7 +300,7 @@ class Trainer(SFTTrainer):
         **kwargs,  # of `SFTTrainer`
     ):
         self.run, self.plan = run, plan
-        super().__init__(**kwargs)
+        with _tensors_kept(kwargs["model"]): super().__init__(**kwargs)
         self.model_accepts_loss_kwargs = self._loss_shifts_labels = True  # count the trained tokens of the whole step
         self.remove_callback(PrinterCallback)
         self.trl_loss = self.args.loss_type != "nll" or self.args.label_smoothing_factor > 0 or self.aux_loss_enabled
@@ -564,7 +581,7 @@ def _restore(self: Trainer, snapshot: dict):
         for parameter, saved in zip(_trained(self.model), snapshot["weights"]): parameter.copy_(saved)
     for parameter, moments in zip(_optimized(optimizer), snapshot["moments"]):
         optimizer.state.pop(parameter, None)
-        if moments: optimizer.state[parameter] = copy.deepcopy(moments)
+        if moments: optimizer.state[parameter] = paged_again(optimizer, parameter, copy.deepcopy(moments))
     for group, saved in zip(optimizer.param_groups, snapshot["groups"]): group.update(saved)
     self.lr_scheduler.load_state_dict(copy.deepcopy(snapshot["schedule"]))
     if snapshot["scaler"]: self.accelerator.scaler.load_state_dict(snapshot["scaler"])
@@ -728,8 +745,10 @@ def _take_in(self: Run, model, tokenizer, data, held_out, prompts, allow, compil
     _factor_of(model, options.get("rate_factors") or {})
     if (trap := _rounding_trap(model)): self.say(trap)
     _sft_config(model, "unused", held_out is not None, options), _yaml(options)
+    note = _check_optimizer(options, next(model.parameters()).device)
     for record in prompts: encode_prompt(record, tokenizer)
     self._preflight()
+    if note: self.say(note)
     with _undisturbed(model): self.plan = loss_plan(model)
     if options.get("neftune_noise_alpha"): self.plan = self.plan.without_prefix("NEFTune draws noise for each row")
 
@@ -737,7 +756,9 @@ def _take_in(self: Run, model, tokenizer, data, held_out, prompts, allow, compil
 def _check_trainable(model):
     trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     if any(p.dtype == torch.float16 for _, p in trained): raise FtkitError("float16 weights cannot be trained themselves: load the model in float32 or bfloat16, or train an adapter")
-    if not hasattr(model, "peft_config"): return
+    if not hasattr(model, "peft_config"):
+        if quantization(model): raise FtkitError(f"{quantization(model)} weights cannot be trained themselves: put an adapter on the model (ftkit.lora.add_lora), or load it unquantized")
+        return
     import peft
     if not isinstance(model, peft.PeftModel): raise FtkitError("this model has an adapter inside: give Run the PeftModel around it")
     if list(model.peft_config) != ["default"] or model.active_peft_config.is_prompt_learning:
@@ -824,7 +845,7 @@ def _make_folder(root: str | Path, name: str) -> Path:
         raise FtkitError(f"cannot write the run's folder {root / name}: {error.strerror}; choose another root") from error
 
 # %% ../nbs/00c_train.ipynb #config-facts
-PACKAGES = "ftkit torch transformers peft trl datasets accelerate".split()
+PACKAGES = "ftkit torch transformers peft trl datasets accelerate bitsandbytes".split()
 
 
 def _versions() -> dict[str, str]:
@@ -840,8 +861,14 @@ def _base_fingerprint(model) -> str:
     digest = hashlib.sha256()
     for name, weight in sorted(model.named_parameters()):
         if weight.requires_grad or ".base_layer." in name: continue
-        digest.update(weight.detach().flatten()[:64].cpu().contiguous().view(torch.uint8).numpy().tobytes())
+        digest.update(weight.detach().as_subclass(torch.Tensor).flatten()[:64].cpu().contiguous().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
+
+
+def _count_of(weight) -> int:
+    "Numbers that a parameter stands for: two to a byte in four bits."
+    packed = getattr(weight, "quant_state", None)
+    return packed.shape.numel() if packed is not None else weight.numel()
 
 # %% ../nbs/00c_train.ipynb #data-facts
 def _data_facts(data) -> dict | None:
@@ -869,6 +896,10 @@ def _machine(device: torch.device) -> dict:
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
     return dict(device=str(device), name=name, threads=torch.get_num_threads(), system=platform.system())
 
+
+def _method(model) -> str:
+    return "full" if not hasattr(model, "peft_config") else "qlora" if quantization(model) else "lora"
+
 # %% ../nbs/00c_train.ipynb #frozen-parts
 def _frozen_parts(model) -> list[str] | None:
     "The names of modules and weights under which everything is frozen, and that no such module holds; None under an adapter."
@@ -885,12 +916,12 @@ def _freeze_parts(model, parts: list[str]):
 @patch
 def _write_config(self: Run, facts: dict):
     weights = list(self.model.parameters())
-    sizes = dict(parameters=sum(p.numel() for p in weights), trainable=sum(p.numel() for p in weights if p.requires_grad))
+    sizes = dict(parameters=sum(map(_count_of, weights)), trainable=sum(p.numel() for p in weights if p.requires_grad))
     weight = next(p for p in weights if p.is_floating_point())
     config = facts | dict(
         name=self.folder.name, created=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-        model=dict(name=base_name(self.model) or type(self.model).__name__, dtype=str(weight.dtype).removeprefix("torch."), device=str(weight.device), base_sha256=_base_fingerprint(self.model), **sizes),
-        method="lora" if hasattr(self.model, "peft_config") else "full", adapter=_adapter_facts(self.model), frozen=_frozen_parts(self.model), machine=_machine(weight.device),
+        model=dict(name=base_name(self.model) or type(self.model).__name__, dtype=str(weight.dtype).removeprefix("torch."), device=str(weight.device), quantize=quantization(self.model), base_sha256=_base_fingerprint(self.model), **sizes),
+        method=_method(self.model), adapter=_adapter_facts(self.model), frozen=_frozen_parts(self.model), machine=_machine(weight.device),
         data=_data_facts(self.data), held_out=_data_facts(self.held_out),
         options=self.options, compile=self.compile, allow=list(self.allow), loss=self.plan.reason, attention=self.plan.attention, versions=_versions(),
     )
@@ -1720,8 +1751,9 @@ def open(
     config = _read_config(folder)
     checkpoint, reasons = newest_checkpoint(folder)
     if checkpoint is None: raise FtkitError(f"{folder} has no sound checkpoint to go on from" + (f": {reasons[0]}" if reasons else ""))
-    if model is None: model, _ = load_model(config["model"]["name"], dtype=getattr(torch, config["model"]["dtype"]))
+    if model is None: model, _ = load_model(config["model"]["name"], dtype=getattr(torch, config["model"]["dtype"]), quantize=config["model"].get("quantize"))
     if tokenizer is None: tokenizer = transformers.AutoTokenizer.from_pretrained(folder / "tokenizer")
+    _check_quantized_alike(folder, config, model)
     model = _as_begun(_with_adapter(model, checkpoint), config, options)
     if config["method"] != "full" and _base_fingerprint(model) != config["model"]["base_sha256"]: raise FtkitError(f"{folder} was trained from {config['model']['name']}, whose weights are not those of the model given")
     data, held_out, prompts = _read_data(folder, config)
@@ -1759,6 +1791,11 @@ def _keep_attention(self: Run, config: dict):
     if grouped == self.plan.attention or base.device.type != "cpu": return
     if grouped and base.config.get_text_config()._attn_implementation != "sdpa": return
     self.plan = replace(self.plan, attention=grouped, reason=config["loss"])
+
+# %% ../nbs/00c_train.ipynb #quantized-alike
+def _check_quantized_alike(folder: Path, config: dict, model):
+    then, now = config["model"].get("quantize"), quantization(model)
+    if then != now: raise FtkitError(f"{folder} was trained on {then or 'plain'} weights and the model given has {now or 'plain'} ones: load it with quantize={then!r}")
 
 # %% ../nbs/00c_train.ipynb #with-adapter
 def _with_adapter(model, checkpoint: Path):
@@ -1816,6 +1853,7 @@ def _card(self: Run) -> dict:
     config, held = _read_config(self.folder), [e["held_out_loss"] for e in self.history if e["what"] == "evaluate"]
     trained = {"rank": config["adapter"]["r"]} if "r" in (config["adapter"] or {}) else {}
     trained |= {"rows": len(self.data), "steps": self.step, "tokens": self.tokens, "learning rate": self.options["learning_rate"], "seed": self.options["seed"]}
+    if config["model"].get("quantize"): trained["base weights"] = config["model"]["quantize"]
     if held: trained |= {"held-out loss before": held[0], "held-out loss after": held[-1]}
     trained |= {f"{package} version": version for package, version in config["versions"].items() if package in ("ftkit", "peft", "torch")}
     return dict(base_model=config["model"]["name"], method=config["method"], data=Path(config.get("command", {}).get("data", "")).name or None, trained=trained)
