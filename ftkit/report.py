@@ -72,18 +72,26 @@ def _table(rows: dict[str, dict]) -> list[str]:
     return [head, "|---|" + "---:|" * len(columns), *body]
 
 # %% ../nbs/00c5_report.ipynb #card-parts
-CARD_FACTS = ("base_model", "method", "license", "title", "data", "trained", "scores", "note")
+CARD_FACTS = ("base_model", "method", "license", "title", "data", "trained", "scores", "note", "settings", "form", "file", "picture", "certificate")
+_FORMS = {"adapter": ("peft", "adapter"), "safetensors": ("transformers", "finetune"), "gguf": ("gguf", "quantized")}  # library, relation to the base
+
+
+def _form(facts: dict) -> str:
+    return facts.get("form") or ("safetensors" if facts.get("method") == "full" else "adapter")
 
 
 def _header(facts: dict) -> list[str]:
-    library = "transformers" if facts.get("method") == "full" else "peft"
-    fields = {"base_model": facts["base_model"], "library_name": library, "license": facts.get("license"), "pipeline_tag": "text-generation"}
+    library, relation = _FORMS[_form(facts)]
+    fields = {"base_model": facts["base_model"], "base_model_relation": relation, "library_name": library, "license": facts.get("license"), "pipeline_tag": "text-generation"}
     lines = [f"{name}: {json.dumps(str(value))}" for name, value in fields.items() if value is not None]
     return ["---", *lines, "tags:", f"- {facts.get('method', 'lora')}", "- ftkit", "---", ""]
 
 # %% ../nbs/00c5_report.ipynb #how-to-load
-def _how_to_load(base: str, method: str) -> list[str]:
-    if method == "full":
+def _how_to_load(base: str, form: str, file: str | None) -> list[str]:
+    if form == "gguf":
+        name = re.sub(r"[^\w.-]", "-", str(file))
+        return ["```sh", f"llama-cli -m {name}", "ollama create tuned -f Modelfile && ollama run tuned", "```"]
+    if form == "safetensors":
         return ["```python", "from transformers import AutoModelForCausalLM", 'model = AutoModelForCausalLM.from_pretrained("path/of/this/folder")', "```"]
     name = json.dumps(re.sub(r"[\s`]+", " ", base))
     if "/" in base:
@@ -92,22 +100,37 @@ def _how_to_load(base: str, method: str) -> list[str]:
         load = ["from ftkit.models import load_model", f"base, tokenizer = load_model({name})"]
     return ["```python", "from peft import PeftModel", *load, 'model = PeftModel.from_pretrained(base, "path/of/this/folder")', "```"]
 
+# %% ../nbs/00c5_report.ipynb #card-sections
+def _what_it_is(facts: dict) -> str:
+    base, form, whole = _as_text(facts["base_model"]), _form(facts), facts.get("method") == "full"
+    if form == "adapter": return f"A LoRA adapter for {base}"
+    return f"{base}, " + ("fine-tuned whole" if whole else "with a LoRA adapter merged into it") + (", as a GGUF file" if form == "gguf" else "")
+
+
+def _sections(facts: dict) -> list[str]:
+    "What is known, each under its heading."
+    values = lambda fact: _table({name: {"value": value} for name, value in facts[fact].items()})
+    parts = ["", f"![Loss of each step and on held-out rows; learning rate below]({facts['picture']})"] if re.fullmatch(r"[\w.-]+", facts.get("picture") or "") else []
+    if facts.get("data"): parts += ["", "## Data", "", f"Data: {_as_text(facts['data'], 2000)}"]
+    if facts.get("trained"): parts += ["", "## Training", "", *values("trained")]
+    if facts.get("settings"): parts += ["", "## Settings", "", *values("settings")]
+    if facts.get("scores"): parts += ["", "## Scores", "", *_table(facts["scores"])]
+    if facts.get("certificate"): parts += ["", "## Compared with the model that was trained", "", *values("certificate")]
+    return parts
+
 # %% ../nbs/00c5_report.ipynb #write-model-card
 def write_model_card(
     folder: str | Path,  # of the adapter or model; it exists
-    facts: dict,  # base_model; and if known method ("lora" or "full"), license, title, data (text), trained ({what: value}), scores ({who: {metric: value}}), note (text)
+    facts: dict,  # base_model; and if known method ("lora" or "full"), license, title, data (text), trained, settings, certificate ({what: value}), scores ({who: {metric: value}}), note (text), form ("adapter", "safetensors", "gguf"), file (of GGUF), picture (file beside the card)
 ) -> Path:  # the README.md
     "Write the model card, replacing one that is there. Facts are untrusted text; an unknown fact raises `FtkitError`."
     unknown = [name for name in facts if name not in CARD_FACTS]
     if unknown or not facts.get("base_model"):
         wrong = f"unknown facts {', '.join(map(repr, unknown))}" if unknown else "base_model is missing"
         raise FtkitError(f"model card: {wrong}; the facts are {', '.join(CARD_FACTS)}")
-    base, parts = str(facts["base_model"]), _header(facts)
-    what = f"{_as_text(base)}, fine-tuned whole" if facts.get("method") == "full" else f"A LoRA adapter for {_as_text(base)}"
+    parts, what = _header(facts), _what_it_is(facts)
     parts += [f"# {_as_text(facts['title']) if facts.get('title') else what}", "", f"{what}, trained with ftkit."]
     if facts.get("note"): parts += ["", _as_text(facts["note"], 2000)]
-    if facts.get("data"): parts += ["", "## Data", "", f"Data: {_as_text(facts['data'], 2000)}"]
-    if facts.get("trained"): parts += ["", "## Training", "", *_table({name: {"value": value} for name, value in facts["trained"].items()})]
-    if facts.get("scores"): parts += ["", "## Scores", "", *_table(facts["scores"])]
-    parts += ["", "## Use", "", *_how_to_load(base, facts.get("method", "lora")), ""]
+    parts += _sections(facts)
+    parts += ["", "## Use", "", *_how_to_load(str(facts["base_model"]), _form(facts), facts.get("file")), ""]
     return write_atomic(Path(folder) / "README.md", "\n".join(parts))

@@ -1,0 +1,207 @@
+"""Exports in a real llama.cpp, from a tuned demo model; and what a notebook cannot show: a disk that takes no more, a client of the hub.
+
+llama.cpp comes ready-built in the wheel `xllamacpp`; without it its tests are skipped. Its server listens on loopback only.
+"""
+import json
+import os
+import resource
+import socket
+import urllib.request
+from pathlib import Path
+
+import huggingface_hub
+import pytest
+import torch
+import transformers
+from tiny_tokenizers import byte_level
+
+from ftkit.checkpoint import verify_folder
+from ftkit.data import FtkitError, encode_prompt, end_of_turn_ids
+from ftkit.demo import tickets
+from ftkit.export import _continuations, _general_facts, _log_probs, _margin, _write_gguf, export, push, verify_export
+from ftkit.lora import add_lora
+from ftkit.models import CHATML, load_model, tiny_model
+from ftkit.train import Run
+
+CONVERSATION = [{"role": "user", "content": "It's 33 or 1,234.5 €: naïve café, 東京 🙂?\n\nWhy"}]
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    "The demo model after four steps on tickets: enough for other answers than the base's."
+    model, tokenizer = load_model("smollm2-135m", dtype=torch.float32)
+    train, held_out = tickets()
+    options = dict(learning_rate=3e-3, per_device_train_batch_size=4, max_steps=4, warmup_steps=0, eval_strategy="no", max_length=512)
+    adapted = add_lora(model, rank=16, targets="all-linear", seed=42)
+    return Run(adapted, tokenizer, train[:16], held_out[:4], root=tmp_path_factory.mktemp("runs"), quiet=True, prompts=[], **options).fit()
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+    model, tokenizer = tiny_model("llama")
+    records = [{"instruction": q, "output": a} for q, a in zip(["one", "two"] * 4, ["a router", "a watch"] * 4)]
+    options = dict(learning_rate=2e-2, per_device_train_batch_size=4, max_steps=20, eval_strategy="no", allow="held_out_in_training")
+    tokenizer = bpe()
+    model.resize_token_embeddings(len(tokenizer))
+    return Run(add_lora(model, targets="all-linear"), tokenizer, records, records[:2], root=tmp_path_factory.mktemp("tiny"), quiet=True, prompts=[], **options).fit()
+
+
+def bpe():
+    marks = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+    return transformers.PreTrainedTokenizerFast(tokenizer_object=byte_level(marks), bos_token=marks[1], eos_token=marks[2], pad_token=marks[0], chat_template=CHATML)
+
+
+class LlamaCpp:
+    "llama.cpp with one model, in this process."
+
+    def __init__(self, path: Path):
+        engine = pytest.importorskip("xllamacpp")
+        params = engine.CommonParams()
+        params.model.path, params.n_ctx, params.n_parallel, params.port, params.warmup = str(path), 512, 1, free_port(), False
+        params.cpuparams.n_threads = 2
+        self.server = engine.Server(params)
+
+    def ask(self, place: str, **body) -> dict:
+        request = urllib.request.Request(f"{self.server.listening_address}/{place}", json.dumps(body).encode(), {"Content-Type": "application/json"})
+        with urllib.request.build_opener(urllib.request.ProxyHandler({})).open(request, timeout=120) as reply:
+            return json.load(reply)
+
+    def scores(self, ids: list[int], count: int = 10) -> dict[int, float]:
+        "The likeliest next tokens and their log-probabilities."
+        reply = self.ask("completion", prompt=ids, n_predict=1, n_probs=count, temperature=0, cache_prompt=False)
+        return {token["id"]: token["logprob"] for token in reply["completion_probabilities"][0]["top_logprobs"]}
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def torch_scores(model, ids: list[int]) -> torch.Tensor:
+    return _log_probs(model, [{"input_ids": [*ids, 0], "labels": [-100] * len(ids) + [0]}])[0]
+
+
+# ---- a real llama.cpp
+
+@pytest.fixture(scope="module", params=["f16", "q8_0"])
+def exported(run, tmp_path_factory, request):
+    folder = tmp_path_factory.mktemp("out") / request.param
+    certificate = export(run, folder, "gguf", request.param)
+    return request.param, next(folder.glob("*.gguf")), certificate
+
+
+def test_llama_cpp_sees_the_tokens_of_the_training_and_answers_as_the_run(run, exported):
+    numbers, path, certificate = exported
+    llama, tokenizer, stop = LlamaCpp(path), run.tokenizer, end_of_turn_ids(run.tokenizer)
+    text = tokenizer.apply_chat_template(CONVERSATION, tokenize=False, add_generation_prompt=True)
+    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+    assert llama.ask("apply-template", messages=CONVERSATION)["prompt"] == text
+    assert llama.ask("tokenize", content=text, add_special=True, parse_special=True)["tokens"] == ids  # one begin token
+    loose = 0.1 if numbers == "f16" else 0.5
+    for record in tickets()[1][:3]:
+        prompt = encode_prompt(record, tokenizer)
+        mine = _continuations(run.model, [prompt], stop, tokens=24)[0]
+        reply = llama.ask("completion", prompt=prompt, n_predict=len(mine), temperature=0, return_tokens=True, cache_prompt=False)
+        theirs = [token for token in reply["tokens"] if token not in stop]
+        assert theirs == mine or _margin(run.model, prompt, mine, theirs, stop[0]) < loose
+        wanted = torch_scores(run.model.eval(), prompt)
+        assert all(abs(score - float(wanted[token])) < loose for token, score in llama.scores(prompt, 3).items())
+
+
+def test_llama_cpp_ends_its_turn_in_chat(run, exported):
+    llama = LlamaCpp(exported[1])
+    prompt = [{"role": "user", "content": "Say hi."}]
+    mine = run.tokenizer.decode(_continuations(run.model, [run.tokenizer.apply_chat_template(prompt, add_generation_prompt=True, return_dict=True)["input_ids"]], end_of_turn_ids(run.tokenizer), tokens=60)[0])
+    reply = llama.ask("v1/chat/completions", messages=prompt, max_tokens=60, temperature=0)["choices"][0]
+    assert reply["message"]["content"][:8] == mine[:8]
+    assert "<|im_" not in reply["message"]["content"]
+
+
+SHAPE = dict(hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=512, initializer_range=0.1)
+LLAMA3 = {"rope_type": "llama3", "rope_theta": 10000.0, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 64}
+FAMILIES = {
+    "llama": lambda size: transformers.LlamaConfig(vocab_size=size, **SHAPE, tie_word_embeddings=True),
+    "llama, biases": lambda size: transformers.LlamaConfig(vocab_size=size, **SHAPE, attention_bias=True, mlp_bias=True),
+    "llama, linear": lambda size: transformers.LlamaConfig(vocab_size=size, **SHAPE, rope_parameters={"rope_type": "linear", "factor": 2.0, "rope_theta": 10000.0}),
+    "llama 3": lambda size: transformers.LlamaConfig(vocab_size=size, **SHAPE, rope_parameters=LLAMA3),
+    "mistral": lambda size: transformers.MistralConfig(vocab_size=size, **SHAPE, head_dim=32, sliding_window=None),
+    "qwen2": lambda size: transformers.Qwen2Config(vocab_size=size, **SHAPE, tie_word_embeddings=True),
+    "qwen3": lambda size: transformers.Qwen3Config(vocab_size=size, **SHAPE, head_dim=128),
+}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_llama_cpp_computes_what_torch_computes(family, tmp_path):
+    tokenizer = bpe()
+    torch.manual_seed(0)
+    model = transformers.AutoModelForCausalLM.from_config(FAMILIES[family](len(tokenizer) + 5), dtype=torch.float32).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter) if parameter.ndim == 1 else 0)
+    _write_gguf(model, tokenizer, tmp_path / "model.gguf", "f32", _general_facts({"base_model": family}, "f32"))
+    ids = [(7 * i) % 200 + 10 for i in range(150)]
+    wanted, got = torch_scores(model, ids), LlamaCpp(tmp_path / "model.gguf").scores(ids)
+    assert len(got) == 10 and all(abs(score - float(wanted[token])) < 0.05 for token, score in got.items())
+
+
+# ---- folders
+
+def test_a_run_folder_and_an_adapter_folder_are_exported_as_the_run_is(run, tmp_path):
+    adapter = run.save(license="apache-2.0")
+    whole = export(run.folder, tmp_path / "from-run", "adapter")
+    alone = export(adapter, tmp_path / "from-adapter", "adapter")
+    assert whole.ok and alone.ok and abs(whole.effect - alone.effect) < 1e-4 * whole.effect
+    assert verify_export(run, adapter).ok
+
+
+def test_a_disk_that_takes_no_more_leaves_nothing_under_the_name(tiny, tmp_path):
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    for form in ("safetensors", "gguf"):
+        resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, hard))
+        try:
+            with pytest.raises(FtkitError, match="cannot write .*; nothing that was there before is lost"):
+                export(tiny, tmp_path / form, form)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        assert list(tmp_path.iterdir()) == []
+        assert export(tiny, tmp_path / "later" / form, form).ok  # and with room it works
+        assert verify_folder(tmp_path / "later" / form) == []
+        __import__("shutil").rmtree(tmp_path / "later")
+
+
+# ---- the hub
+
+def test_a_dry_run_needs_no_network(tiny, tmp_path, monkeypatch):
+    export(tiny, tmp_path / "out", "adapter")
+    monkeypatch.setattr(socket.socket, "connect", lambda *args: pytest.fail("a dry run opened a connection"))
+    monkeypatch.setattr(huggingface_hub.HfApi, "create_repo", lambda *args, **kwargs: pytest.fail("a dry run called the hub"))
+    listed = push(tmp_path / "out", "me/tiny")
+    assert {"adapter_model.safetensors", "certificate.json", "README.md"} <= set(listed.files) and "nothing was" in repr(listed)
+
+
+def test_only_what_was_listed_is_sent_and_to_a_private_repository(tiny, tmp_path, monkeypatch):
+    export(tiny, tmp_path / "out", "adapter")
+    (tmp_path / "out" / ".env").write_text("HF_TOKEN=hf_abcdefghijkl")
+    calls = {}
+    monkeypatch.setattr(huggingface_hub.HfApi, "create_repo", lambda self, name, **kwargs: calls.update(repository=name, **kwargs))
+    monkeypatch.setattr(huggingface_hub.HfApi, "create_commit", lambda self, name, files, **kwargs: calls.update(files=[file.path_in_repo for file in files]) or "https://hub/me/tiny")
+    sent = push(tmp_path / "out", "me/tiny", dry_run=False)
+    assert calls["private"] is True and calls["files"] == list(sent.files) == list(push(tmp_path / "out", "me/tiny").files)
+    assert ".env" not in calls["files"] and "https://hub/me/tiny" in repr(sent)
+
+
+def test_no_token_in_what_is_said_or_logged(tiny, tmp_path, monkeypatch, capfd, caplog):
+    export(tiny, tmp_path / "out", "adapter")
+    token = "hf_" + "A1b2C3d4" * 4
+    monkeypatch.setenv("HF_TOKEN", token)
+    caplog.set_level("DEBUG")
+
+    def refuse(self, *args, **kwargs):
+        raise RuntimeError(f"401 Client Error: headers {{'authorization': 'Bearer {token}'}}")
+
+    monkeypatch.setattr(huggingface_hub.HfApi, "create_repo", refuse)
+    with pytest.raises(FtkitError) as error:
+        push(tmp_path / "out", "me/tiny", dry_run=False)
+    said = "".join(map(str, (error.value, error.value.__cause__, *capfd.readouterr(), caplog.text)))
+    assert token not in said and "[token]" in said and error.value.__suppress_context__
