@@ -809,6 +809,13 @@ def prepare_demo_model(
                 shutil.rmtree(work, ignore_errors=True)
     return folder
 
+# %% ../nbs/00b_models.ipynb #kernel-noise
+def _worth_saying(record) -> bool:
+    return "gemm_4bit_forward" not in record.getMessage()
+
+
+logging.getLogger("bitsandbytes.backends.cpu.ops").addFilter(_worth_saying)
+
 # %% ../nbs/00b_models.ipynb #quiet
 @contextmanager
 def _quiet():
