@@ -1751,11 +1751,8 @@ def open(
     config = _read_config(folder)
     checkpoint, reasons = newest_checkpoint(folder)
     if checkpoint is None: raise FtkitError(f"{folder} has no sound checkpoint to go on from" + (f": {reasons[0]}" if reasons else ""))
-    if model is None: model, _ = load_model(config["model"]["name"], dtype=getattr(torch, config["model"]["dtype"]), quantize=config["model"].get("quantize"))
     if tokenizer is None: tokenizer = transformers.AutoTokenizer.from_pretrained(folder / "tokenizer")
-    _check_quantized_alike(folder, config, model)
-    model = _as_begun(_with_adapter(model, checkpoint), config, options)
-    if config["method"] != "full" and _base_fingerprint(model) != config["model"]["base_sha256"]: raise FtkitError(f"{folder} was trained from {config['model']['name']}, whose weights are not those of the model given")
+    model = _model_of(folder, config, checkpoint, model, options)
     data, held_out, prompts = _read_data(folder, config)
     run = cls.__new__(cls)
     run._take_in(model, tokenizer, data, held_out, prompts, config["allow"], config["compile"], callbacks, quiet, {**config["options"], **options})
@@ -1768,6 +1765,15 @@ def open(
     run.step, run.origin = _step_of(checkpoint), config.get("parent", {}).get("step", 0)
     run._note_changes(config, options)
     return run
+
+# %% ../nbs/00c_train.ipynb #model-of
+def _model_of(folder: Path, config: dict, checkpoint: Path, model, options: dict):
+    facts = config["model"]
+    if model is None: model, _ = load_model(facts["name"], dtype=getattr(torch, facts["dtype"]), quantize=facts.get("quantize"))
+    _check_quantized_alike(folder, config, model)
+    model = _as_begun(_with_adapter(model, checkpoint), config, options)
+    if config["method"] != "full" and _base_fingerprint(model) != facts["base_sha256"]: raise FtkitError(f"{folder} was trained from {facts['name']}, whose weights are not those of the model given")
+    return model
 
 # %% ../nbs/00c_train.ipynb #note-changes
 @patch
