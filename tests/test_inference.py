@@ -170,7 +170,7 @@ def test_merging_leaves_the_model_as_it_was(runs):
     merged = merge(model)
     assert all(torch.equal(weight, before[name]) for name, weight in model.state_dict().items())
     assert not hasattr(merged, "peft_config") and all(weight.requires_grad for weight in merged.parameters())
-    assert add_lora(merged, rank=2).peft_config["default"].base_model_name_or_path == "base-merged"
+    assert add_lora(merged, rank=2).peft_config["default"].base_model_name_or_path.endswith("base-merged")
 
 
 def test_a_model_that_trains_is_not_talked_to(base):
