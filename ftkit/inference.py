@@ -269,7 +269,7 @@ class Comparison:
         return "; ".join(counts) or f"answers of {printable(first)}"
 
 # %% ../nbs/03_inference.ipynb #table-html
-COMPARE_STYLE = "<style>.ftk-table mark{color:inherit;background:rgba(230,159,0,.25);text-decoration:underline 2px #e69f00;text-underline-offset:3px;border-radius:2px}.ftk-wide{max-width:none;overflow-x:auto}</style>"
+COMPARE_STYLE = "<style>.ftk-wide mark{color:inherit;background:rgba(230,159,0,.25);text-decoration:underline 2px #e69f00;text-underline-offset:3px;border-radius:2px}.ftk-wide{max-width:none;overflow-x:auto}</style>"
 
 
 def _cell_html(pieces) -> str:
@@ -292,7 +292,7 @@ def to_html(
     title: str = "Answers compared",  # of the page
 ) -> str:  # a whole page, without scripts
     "The table as a page that follows the reader's light or dark setting; `Path('page.html').write_text(...)` keeps it."
-    style = "<style>body{font-family:system-ui,sans-serif;margin:2em auto;padding:0 1em;max-width:1200px}</style>"
+    style = "<style>:root{--jp-ui-font-color2:light-dark(#5f5f5f,#a8a8a8)}body{font-family:system-ui,sans-serif;margin:2em auto;padding:0 1em;max-width:1200px}</style>"
     head = f'<meta charset="utf-8"><meta name="color-scheme" content="light dark"><title>{html.escape(title)}</title>{style}'
     return f'<!doctype html>\n<html lang="en"><head>{head}</head><body><h1>{html.escape(title)}</h1>{self._repr_html_()}</body></html>\n'
 
