@@ -202,7 +202,8 @@ def test_prompts_of_many_lengths_and_settings(base):
 
 def test_comparing_restores_what_trains(base):
     model, tokenizer = load_model(base, **CPU)
-    tuned = perturb(add_lora(model, rank=2))
+    tuned = perturb(add_lora(model, rank=2)).requires_grad_(False)
+    tuned.get_input_embeddings().requires_grad_(True)
     flags = {name: weight.requires_grad for name, weight in tuned.named_parameters()}
     shown = compare({"base": tuned, "default": (tuned, tokenizer), "merged": merge(tuned)}, RECORDS, tokenizer, max_new_tokens=8)
     assert {name: weight.requires_grad for name, weight in tuned.named_parameters()} == flags
