@@ -878,7 +878,7 @@ def _locate(name):
         _read_gguf(path)  # says so if it is cut short, before transformers reads it
         return str(path.parent), {"gguf_file": path.name}
     if (path / "adapter_config.json").exists():
-        raise FtkitError(f"{name} holds an adapter, not a model: load its base model, then ftkit.lora.load_adapter(model, {str(name)!r})")
+        raise FtkitError(f"{name} holds an adapter, not a model: ftkit.inference.load_tuned({str(name)!r}) loads it on its base")
     if path.is_dir() and not (path / "config.json").exists():
         raise FtkitError(f"{name} is a folder without a config.json, so it holds no model in transformers' format")
     if path.is_dir():

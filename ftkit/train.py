@@ -1835,20 +1835,11 @@ def _read_data(folder: Path, config: dict):
     return data, held_out, [json.loads(line) for line in lines if line]
 
 # %% ../nbs/00c_train.ipynb #training-facts
-def _quantization(model) -> str | None:
-    "How the base is packed: \"nf4\", \"int8\", another method's name, or None."
-    config = getattr(_base(model).config, "quantization_config", None)
-    if config is None: return None
-    config = config if isinstance(config, dict) else config.to_dict()
-    if config.get("load_in_4bit"): return str(config.get("bnb_4bit_quant_type", "fp4"))
-    return "int8" if config.get("load_in_8bit") else str(config.get("quant_method"))
-
-
 @patch
 def _write_training(self: Run, folder: Path):
     config, template = _read_config(self.folder), json.dumps(self.tokenizer.chat_template)
     base = dict(name=config["model"]["name"], fingerprint=base_fingerprint(self.model) if hasattr(self.model, "peft_config") else None)
-    facts = dict(run=self.folder.name, base=base, method=config["method"], quantize=_quantization(self.model), data_sha256=config["data"]["sha256"],
+    facts = dict(run=self.folder.name, base=base, method=config["method"], quantize=quantization(self.model), data_sha256=config["data"]["sha256"],
                  template_sha256=hashlib.sha256(template.encode()).hexdigest(), step=self.step, versions=config["versions"])
     write_atomic(folder / "training.json", json.dumps(facts, indent=1))
 
