@@ -9,12 +9,13 @@ __all__ = ['ARCHITECTURES', 'NUMBERS', 'SPLITS', 'PROBES', 'LIMITS', 'divergence
 # %% ../nbs/08_export.ipynb #exported-imports
 import copy
 import html
+import io
 import json
 import math
 import os
 import re
 from collections.abc import Callable
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, redirect_stderr
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
@@ -25,11 +26,12 @@ import transformers
 from fastcore.basics import patch
 
 # %% ../nbs/08_export.ipynb #exported-imports-more
-from .checkpoint import MANIFEST, _why, verify_folder, write_folder
+from .checkpoint import MANIFEST, verify_folder, write_folder
 from .core import cache_dir, require
 from .data import ALPACA_TEMPLATE, FtkitError, _render, _render_options, end_of_turn_ids, printable
+from .inference import _training_facts, _tuned_folder, load_tuned, merge
 from .lora import load_adapter
-from .models import _NAMES, _answering, _base, _quiet, _read_gguf, load_model
+from .models import _NAMES, _answering, _base, _check_weights, _quiet, _read_gguf, load_model
 from .report import plot_losses, write_model_card
 from .train import Run, _encoded, _free_memory, _is_named, _read_config, save_weights
 
@@ -59,7 +61,7 @@ def divergence(
     return max(0.0, float((one.exp() * (one - other)).sum(-1).mean()))
 
 # %% ../nbs/08_export.ipynb #choose-rows
-def _choose_rows(data, rows: int = 8, tokens: int = 256) -> list[dict]:
+def _choose_rows(data, rows: int = 4, tokens: int = 128) -> list[dict]:
     "The first rows with trained tokens, cut where `tokens` are reached: input_ids, labels, and `prompt`, the ids before the first answer."
     chosen, left = [], tokens
     for i in range(len(data)):
@@ -87,7 +89,7 @@ def _measures(base, tuned, exported, targets) -> dict[str, float]:
     )
 
 # %% ../nbs/08_export.ipynb #continuations
-def _continuations(model, prompts: list[list[int]], stop: list[int], tokens: int = 32) -> list[list[int]]:
+def _continuations(model, prompts: list[list[int]], stop: list[int], tokens: int = 24) -> list[list[int]]:
     "Greedy answers by transformers' own loop, as token ids without the stop token."
     width = max(map(len, prompts))
     ids = torch.tensor([[stop[0]] * (width - len(row)) + row for row in prompts], device=model.device)
@@ -137,7 +139,6 @@ def _without_adapter(model):
 # %% ../nbs/08_export.ipynb #loaded-base
 @contextmanager
 def _loaded_base(name: str, model):
-    _check_weights(name)
     yield load_model(name, dtype=next(model.parameters()).dtype, device=model.device)[0]
 
 # %% ../nbs/08_export.ipynb #first-step
@@ -164,50 +165,26 @@ def _from_run(run: Run, held_out) -> _Source:
         card["scores"] = {who: {k: round(v, 3) for k, v in s.items() if isinstance(v, float)} for who, s in json.loads(scores.read_text()).items()}
     return _Source(run.model, run.tokenizer, _choose_rows(data), _base_of(run), card, rows_are, run._at_rest, run.history)
 
-# %% ../nbs/08_export.ipynb #check-weights
-_PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
-
-
-def _check_weights(folder: str | Path) -> None:
-    "Refuse weights that only pickle can read, and those that were cut short; names on the hub pass."
-    from safetensors import SafetensorError, safe_open
-
-    folder = Path(folder)
-    for path in sorted(folder.glob("*.safetensors")) if folder.is_dir() else ():
-        try:
-            with safe_open(path, framework="pt") as file:
-                file.keys()
-        except (SafetensorError, OSError) as error:
-            raise FtkitError(f"{path} is damaged or cut short ({_why(error)}): copy or save it again") from None
-    pickles = [path for pattern in _PICKLES for path in folder.glob(pattern)] if folder.is_dir() else []
-    if pickles and not list(folder.glob("*.safetensors")):
-        raise FtkitError(f"{pickles[0]} is a pickle, which may run code when it is read: load it where you trust it and save it again with save_pretrained (safetensors)")
+# %% ../nbs/08_export.ipynb #base-named
+def _base_named(place: Path) -> str:
+    "The name of the base of what was saved in a folder."
+    adapter = place / "adapter_config.json"
+    name = _training_facts(place).get("base", {}).get("name") or (json.loads(adapter.read_text()).get("base_model_name_or_path") if adapter.is_file() else None)
+    if not name:
+        raise FtkitError(f"{place} holds a whole model and does not say what it was trained from: export the run that made it")
+    return str(name)
 
 # %% ../nbs/08_export.ipynb #from-folder
 def _from_folder(folder: Path, held_out) -> _Source:
     "The source in an adapter's or a model's folder."
-    _check_weights(folder)
-    inside = (folder.parent / "config.yaml").is_file()
-    if held_out is None and not inside:
+    place = _tuned_folder(folder)
+    if held_out is None and not (place.parent / "data").is_dir():
         raise FtkitError(f"{folder} does not lie in a run's folder, so there is nothing to verify its export on: give held_out=records")
-    model, tokenizer, name = _load_tuned(folder)
-    data = _rows_of(folder.parent) if held_out is None else _encoded(held_out, tokenizer, None)
-    adapted = hasattr(model, "peft_config")
-    card = {"base_model": name, "method": "lora" if adapted else "full"} | (_card_of(folder.parent) if inside else {})
+    name, facts = _base_named(place), _training_facts(place)
+    model, tokenizer = load_tuned(place)
+    data, adapted = _rows_of(place.parent) if held_out is None else _encoded(held_out, tokenizer, None), hasattr(model, "peft_config")
+    card = {"base_model": name, "method": facts.get("method") or ("lora" if adapted else "full")} | ({"fingerprint": facts["data_sha256"]} if "data_sha256" in facts else {})
     return _Source(model, tokenizer, _choose_rows(data), _without_adapter if adapted else partial(_loaded_base, name), card)
-
-# %% ../nbs/08_export.ipynb #load-tuned
-def _load_tuned(folder: Path):
-    "(model, tokenizer, name of its base) from an adapter's or a model's folder."
-    if (folder / "adapter_config.json").exists():
-        name = json.loads((folder / "adapter_config.json").read_text())["base_model_name_or_path"]
-        base, tokenizer = load_model(name)
-        return load_adapter(base, folder), tokenizer, name
-    model, tokenizer = load_model(folder)
-    config = folder.parent / "config.yaml"
-    if not config.is_file():
-        raise FtkitError(f"{folder} holds a whole model and does not say what it was trained from: export the run that made it")
-    return model, tokenizer, _read_config(folder.parent)["model"]["name"]
 
 # %% ../nbs/08_export.ipynb #rows-of
 def _rows_of(folder: Path):
@@ -216,11 +193,6 @@ def _rows_of(folder: Path):
 
     names = [folder / "data" / f"{name}.parquet" for name in ("held_out", "train")]
     return datasets.Dataset.from_parquet(str(next(path for path in names if path.exists())), keep_in_memory=False)
-
-# %% ../nbs/08_export.ipynb #card-of
-def _card_of(folder: Path) -> dict:
-    config = _read_config(folder)
-    return {"base_model": config["model"]["name"], "method": config["method"], "settings": config["options"], "fingerprint": config["data"]["sha256"]}
 
 # %% ../nbs/08_export.ipynb #find-source
 def _find_source(what, held_out=None) -> _Source:
@@ -248,10 +220,14 @@ def _exact(model):
 
 # %% ../nbs/08_export.ipynb #merged
 def _merged(model):
-    "A plain transformers model with the adapter's change in its weights; the model that is given stays as it is."
-    if not hasattr(model, "peft_config"):
-        return model
-    return copy.deepcopy(model).merge_and_unload(safe_merge=True)
+    "A plain copy of the model, with its adapter's change in the weights."
+    return merge(model) if hasattr(model, "peft_config") else copy.deepcopy(model)
+
+# %% ../nbs/08_export.ipynb #plain
+def _plain(model):
+    "A plain copy of the model, without its adapter's change."
+    copied = copy.deepcopy(model)
+    return copied.unload() if hasattr(copied, "peft_config") else copied
 
 # %% ../nbs/08_export.ipynb #with-template
 def _with_template(tokenizer):
@@ -541,13 +517,27 @@ def _go_template(parts: dict[str, str]) -> list[str]:
     lines = [f'TEMPLATE """{parts["lead"]}{{{{ range .Messages }}}}{choice}{{{{ end }}}}{parts["end"]}"""']
     return lines + ([f'SYSTEM """{parts["default"]}"""'] if parts["default"] else [])
 
+# %% ../nbs/08_export.ipynb #gguf-config
+def _gguf_config(path: Path, facts: dict, tensors: dict):
+    "transformers' configuration for the file, completed by what its tables leave out: head size and biases."
+    config = transformers.AutoConfig.from_pretrained(str(path.parent), gguf_file=path.name)
+    size = facts.get(f"{facts['general.architecture']}.attention.key_length")
+    if size:
+        config.head_dim = size
+    if hasattr(config, "attention_bias"):
+        config.attention_bias = "blk.0.attn_q.bias" in tensors
+    if hasattr(config, "mlp_bias"):
+        config.mlp_bias = "blk.0.ffn_up.bias" in tensors
+    return config
+
 # %% ../nbs/08_export.ipynb #read-gguf
 def _read_gguf_back(path: Path):
     "(model, tokenizer, facts) from a GGUF file; float32."
     facts, tensors = _read_gguf(path)
-    with _quiet():
-        model = transformers.AutoModelForCausalLM.from_pretrained(str(path.parent), gguf_file=path.name, dtype=torch.float32)
-        tokenizer = transformers.AutoTokenizer.from_pretrained(str(path.parent), gguf_file=path.name)
+    folder, options = str(path.parent), {"gguf_file": path.name}
+    with _quiet(), redirect_stderr(io.StringIO()):  # its bar has no switch
+        model = transformers.AutoModelForCausalLM.from_pretrained(folder, config=_gguf_config(path, facts, tensors), dtype=torch.float32, **options)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(folder, **options)
     if facts.get("tokenizer.ggml.pre") in SPLITS:
         tokenizer.backend_tokenizer.pre_tokenizer = _split_rule(facts["tokenizer.ggml.pre"])
     if "rope_freqs.weight" in tensors:
@@ -571,7 +561,7 @@ def _read_back(target: Path, tuned):
     if not (target / "adapter_config.json").exists():
         return *load_model(target, dtype=torch.float32, device="cpu"), {}
     tokenizer = transformers.AutoTokenizer.from_pretrained(target)
-    return load_adapter(copy.deepcopy(tuned).unload(), target).eval(), tokenizer, {}
+    return load_adapter(_plain(tuned), target).eval(), tokenizer, {}
 
 # %% ../nbs/08_export.ipynb #probes
 _TEXT = "It's 3 or 33, 1,234.5\u00a0€ in  2026?\n\n\tWE'LL see: naïve café, 東京, Привет 🙂 <b>x_y</b> 'quoted'... "
@@ -647,7 +637,8 @@ class Certificate:
     effect: float  # nats a token: what the tuning did, KL(tuned || base)
     distance: float  # nats a token: what of it the export shows, KL(exported || base)
     drift: float  # nats a token: what the export changed, KL(tuned || exported)
-    rounding: float | None  # nats a token: drift of the base when its weights are rounded alike; None if not rounded
+    rounding: float | None  # nats a token: what rounding alone changes, KL(tuned || tuned with rounded weights), without any file; None: not known
+    base_rounding: float | None  # nats a token: what the same rounding does to the base, KL(base || base with rounded weights); None: not measured
     tokens: int  # trained tokens that were compared
     moved: int  # of these, tokens whose loss the tuning moved
     kept: float  # share of the moved that the export moved too
@@ -658,7 +649,7 @@ class Certificate:
     notes: list[str] = field(default_factory=list)  # what a user must know
 
 # %% ../nbs/08_export.ipynb #problems
-LIMITS = dict(effect=1e-3, drift=0.1, distance=(0.8, 1.25), kept=0.9, margin=0.5)  # nats; shares of the effect; share; nats
+LIMITS = dict(effect=1e-3, drift=0.1, unexplained=0.01, distance=(0.8, 1.25), kept=0.9, margin=0.5)  # nats; shares of the effect (4); share; nats
 
 
 @patch(as_prop=True)
@@ -667,10 +658,11 @@ def problems(self: Certificate) -> list[str]:
     c = self
     if not c.effect >= LIMITS["effect"]:
         return [f"the tuned model says what its base says (KL {c.effect:.1g}): there is no effect of tuning that an export could keep", *c.token_problems]
-    low, high = LIMITS["distance"]
+    (low, high), unexplained = LIMITS["distance"], LIMITS["unexplained" if c.arithmetic == "float32" else "drift"]
     clear = [a["margin"] for a in c.answers if a["margin"] is not None and a["margin"] > LIMITS["margin"]]
     findings = [
         (not c.drift <= LIMITS["drift"] * c.effect, f"it drifted by {c.drift:.3g} nats a token, {c.drift / c.effect:.0%} of what the tuning did"),
+        (c.rounding is not None and not c.drift - c.rounding <= unexplained * c.effect, f"of its drift of {c.drift:.3g} nats a token, rounding explains {c.rounding or 0:.2g}"),
         (not low <= c.distance / c.effect <= high, f"its distance from the base is {c.distance / c.effect:.0%} of the tuned model's"),
         (not c.kept >= LIMITS["kept"], f"only {c.kept:.0%} of the tokens that the tuning moved are still moved"),
         (bool(clear), f"{len(clear)} of {len(c.answers)} answers part where the tuned model was sure of its token (by up to {max(clear, default=0):.2g} nats)"),
@@ -681,7 +673,8 @@ def problems(self: Certificate) -> list[str]:
 def _lines(c: Certificate) -> dict[str, str]:
     "What the certificate says, as a table."
     same = sum(a["exported"] is None for a in c.answers)
-    rounding = f", of which rounding explains about {c.rounding:.2g} (base against itself)" if c.rounding is not None else ""
+    rounding = f"; rounding alone {c.rounding:.2g}" if c.rounding else ""
+    rounding += f" (the base, rounded alike: {c.base_rounding:.2g})" if c.base_rounding is not None else ""
     return {
         "compared": f"{c.tokens} trained tokens of {c.rows_are}, in {c.arithmetic}",
         "effect of the tuning": f"{c.effect:.4g} nats a token from {c.base}",
@@ -728,7 +721,7 @@ class _Reference:
     answers: list[list[int]]
 
 # %% ../nbs/08_export.ipynb #refer
-def _refer(source: _Source, prompts: int = 4) -> _Reference:
+def _refer(source: _Source, prompts: int = 3) -> _Reference:
     model, stop = _exact(source.model), end_of_turn_ids(source.tokenizer)
     ask = lambda model: (_log_probs(model, source.rows), _continuations(model, [row["prompt"] for row in source.rows[:prompts]], stop))
     with _answering(model):
@@ -738,19 +731,19 @@ def _refer(source: _Source, prompts: int = 4) -> _Reference:
                 untouched, base_answers = ask(base)
     return _Reference(source, model, stop, untouched, tuned, base_answers, answers)
 
-# %% ../nbs/08_export.ipynb #rounded-why
+# %% ../nbs/08_export.ipynb #rounded
 @torch.no_grad()
-def _rounding(reference: _Reference, numbers: str, gguf_names: bool) -> float | None:
-    "How far the base drifts from itself when its weights are rounded to a format, in nats a token."
-    if numbers == "f32" or not all(p.is_floating_point() for p in reference.model.parameters()):
+def _rounded(model, said: torch.Tensor, rows: list[dict], form: str, numbers: str | None) -> float | None:
+    "How far a plain model drifts from itself when its weights are rounded to a format, in nats a token. The model is used up."
+    if form == "gguf" and numbers is None or not all(p.is_floating_point() for p in model.parameters()):
         return None
-    with reference.source.base(reference.model) as base:
-        rounded = copy.deepcopy(base)
-        for name, weight in rounded.named_parameters():
-            if weight.ndim > 1 and "lora_" not in name:
-                weight.copy_(_round(weight, _kind(_short(name) if gguf_names else name, weight.shape, numbers)))
-        with _answering(rounded):
-            return divergence(reference.base, _log_probs(rounded, reference.source.rows))
+    if numbers in (None, "f32"):
+        return 0.0
+    for name, weight in model.named_parameters():
+        if weight.ndim > 1:
+            weight.copy_(_round(weight, _kind(_gguf_name(name), weight.shape, numbers) if form == "gguf" else NUMBERS[numbers][0]))
+    with _answering(model):
+        return divergence(said, _log_probs(model, rows))
 
 # %% ../nbs/08_export.ipynb #round
 def _round(weight: torch.Tensor, kind: str) -> torch.Tensor:
@@ -760,12 +753,6 @@ def _round(weight: torch.Tensor, kind: str) -> torch.Tensor:
     gguf = require("gguf", "export")
     data = gguf.quants.quantize(weight.float().cpu().numpy(), gguf.GGMLQuantizationType[kind])
     return torch.from_numpy(gguf.quants.dequantize(data, gguf.GGMLQuantizationType[kind]).reshape(weight.shape)).to(weight)
-
-# %% ../nbs/08_export.ipynb #short-name
-def _short(name: str) -> str:
-    "ggml's name of a weight of a model that may have an adapter around it."
-    plain = name.removeprefix("base_model.model.").replace(".base_layer", "")
-    return "token_embd.weight" if "embed_tokens" in plain else plain
 
 # %% ../nbs/08_export.ipynb #certify
 def _certify(reference: _Reference, target: Path) -> Certificate:
@@ -777,11 +764,23 @@ def _certify(reference: _Reference, target: Path) -> Certificate:
         said = _log_probs(model, source.rows) if model.get_input_embeddings().num_embeddings == reference.tuned.shape[1] else reference.tuned * float("nan")
         answers = _continuations(model, [row["prompt"] for row in source.rows[: len(reference.answers)]], reference.stop)
     return Certificate(
-        form=form, base=str(source.card["base_model"]), rows_are=source.rows_are,
-        rounding=_rounding(reference, numbers, form.startswith("gguf")) if numbers else None, answers=_compare_answers(reference, answers),
+        form=" ".join(part for part in (form, numbers) if part), base=str(source.card["base_model"]), rows_are=source.rows_are,
+        **_rounding(reference, form, numbers), answers=_compare_answers(reference, answers),
         token_problems=_token_problems(source.tokenizer, tokenizer, facts), arithmetic=str(next(reference.model.parameters()).dtype).removeprefix("torch."),
         **_measures(reference.base, reference.tuned, said, _targets(source.rows)),
     )
+
+# %% ../nbs/08_export.ipynb #rounding
+def _rounding(reference: _Reference, form: str, numbers: str | None) -> dict[str, float]:
+    "What a number format costs the tuned model, and its base."
+    rows = reference.source.rows
+    with reference.source.base(reference.model) as base:
+        untouched = _plain(base)
+    measured = numbers in ("q8_0", "q4_0")  # 16 bits cost a base little, or nothing
+    return {
+        "rounding": _rounded(_merged(reference.model), reference.tuned, rows, form, numbers),
+        "base_rounding": _rounded(untouched, reference.base, rows, form, numbers) if measured else None,
+    }
 
 # %% ../nbs/08_export.ipynb #compare-answers
 def _compare_answers(reference: _Reference, answers: list[list[int]]) -> list[dict]:
@@ -798,15 +797,15 @@ def _form_of(target: Path) -> tuple[str, str | None]:
     "What an export is, in words, and its number format."
     if file := _gguf_in(target):
         kind = _read_gguf(file)[0].get("general.file_type")
-        numbers = next((name for name, (_, value) in NUMBERS.items() if value == kind), None)
-        return f"gguf {numbers or 'of another kind'}", numbers
+        numbers = next((name for name, (_, value) in NUMBERS.items() if value == kind), None)  # None: a format that ftkit does not write
+        return "gguf", numbers
     if (target / "adapter_config.json").is_file():
         return "adapter", None
     if not (target / "config.json").is_file():
         raise FtkitError(f"{target} holds no export: there is no GGUF file, no adapter_config.json and no config.json")
     dtype = str(json.loads((target / "config.json").read_text()).get("dtype"))
     numbers = {"float32": "f32", "float16": "f16", "bfloat16": "bf16"}.get(dtype)
-    return f"safetensors {numbers or dtype}", numbers
+    return "safetensors", numbers
 
 # %% ../nbs/08_export.ipynb #verify-export
 def verify_export(
@@ -950,7 +949,7 @@ class Upload:
 
     def __repr__(self):
         what = f"sent to {self.address}" if self.address else f"would be sent to {self.repository} (dry run: nothing was; give dry_run=False)"
-        return "\n".join([what, *(f"  {size / 1e6:10.3f} MB  {printable(name)}" for name, size in self.files.items()), f"  {sum(self.files.values()) / 1e6:10.3f} MB  in all"])
+        return "\n".join([what, *(f"{size:>16,} bytes  {printable(name)}" for name, size in self.files.items()), f"{sum(self.files.values()):>16,} bytes  in all"])
 
 # %% ../nbs/08_export.ipynb #files-to-send
 def _files_to_send(folder: Path) -> dict[str, int]:

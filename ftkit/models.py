@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['CHATML', 'PREFIX_FAMILIES', 'SMOLLM2', 'tiny_tokenizer', 'tiny_model', 'shared_prefix_length', 'prefix_obstacle',
-           'prefix_cache', 'generate', 'WheelModel', 'prepare_demo_model', 'load_model', 'base_name']
+           'prefix_cache', 'generate', 'stream', 'WheelModel', 'prepare_demo_model', 'load_model', 'base_name',
+           'base_fingerprint', 'base_difference']
 
 # %% ../nbs/00b_models.ipynb #exported-imports
 import errno
@@ -36,6 +37,16 @@ from filelock import FileLock, Timeout
 
 from .core import cache_dir, pick_device, pick_dtype, require
 from .data import FtkitError, encode_prompt, end_of_turn_ids
+
+# %% ../nbs/00b_models.ipynb #exported-imports-generate
+import base64
+import functools
+import logging
+import math
+import queue
+import threading
+from collections.abc import Iterator
+from typing import NamedTuple
 
 # %% ../nbs/00b_models.ipynb #chatml
 CHATML = (
@@ -188,76 +199,278 @@ def _take_room(cache):
     for layer in cache.layers:
         layer.__dict__.pop("update", None), layer.__dict__.pop("ftkit_room", None)
 
-# %% ../nbs/00b_models.ipynb #greedy
-def _greedy(model, prompts, stop, pad, max_new_tokens):
-    "Token ids of the answers to `prompts`, which are rows of one batch; stop tokens are left out."
+# %% ../nbs/00b_models.ipynb #sampling
+class _Sampling(NamedTuple):
+    "How a token is chosen from the model's distribution."
+
+    temperature: float = 0.0
+    top_p: float = 1.0
+    top_k: int = 0
+    seed: int = 0
+
+# %% ../nbs/00b_models.ipynb #check-sampling
+def _check_sampling(temperature, top_p, top_k, seed):
+    problems = [
+        (not 0 <= temperature < math.inf, f"temperature is {temperature!r}, it must be 0 (greedy) or a number above it"),
+        (not 0 < top_p <= 1, f"top_p is {top_p!r}, it must be above 0 and at most 1"),
+        (top_k < 0 or int(top_k) != top_k, f"top_k is {top_k!r}, it must be 0 (all tokens) or a whole number"),
+    ]
+    if any(wrong for wrong, _ in problems):
+        raise FtkitError("; ".join(text for wrong, text in problems if wrong))
+    return _Sampling(float(temperature), float(top_p), int(top_k), int(seed))
+
+# %% ../nbs/00b_models.ipynb #dice
+def _dice(prompts, sampling):
+    "A random generator for each prompt; None where nothing is drawn."
+    if not sampling.temperature:
+        return [None] * len(prompts)
+    seen, dice = {}, []
+    for ids in prompts:
+        key = tuple(ids)
+        seen[key] = seen.get(key, -1) + 1
+        digest = hashlib.sha256(repr((sampling.seed, seen[key], key)).encode()).digest()
+        dice.append(torch.Generator().manual_seed(int.from_bytes(digest[:7], "little")))
+    return dice
+
+# %% ../nbs/00b_models.ipynb #choose
+def _choose(logits, dice, sampling):
+    "Token ids for rows of `logits`, of shape (rows, vocabulary): the likeliest, or one drawn by each row's generator."
+    if not sampling.temperature:
+        return logits.argmax(-1).tolist()
+    scores = logits.float() / sampling.temperature
+    tokens = None
+    if sampling.top_k or sampling.top_p < 1:
+        scores, tokens = scores.topk(min(sampling.top_k or scores.shape[-1], scores.shape[-1]))
+    shares = scores.softmax(-1)
+    if sampling.top_p < 1:
+        shares = shares.masked_fill(shares.cumsum(-1) - shares >= sampling.top_p, 0.0)
+    edges = shares.cumsum(-1)
+    drawn = torch.tensor([[torch.rand((), generator=one).item()] for one in dice], device=edges.device)
+    places = torch.searchsorted(edges, drawn * edges[:, -1:] * (1 - 1e-6), right=True)
+    return (places if tokens is None else tokens.gather(-1, places)).flatten().tolist()
+
+# %% ../nbs/00b_models.ipynb #answer-tokens
+@torch.no_grad()
+def _answer_tokens(model, prompts, stop, pad, limits, dice, sampling):
+    "Yield (row, token) while the `prompts`, rows of one batch, are answered; stop tokens are left out."
     from transformers import DynamicCache
 
-    device, shared = model.device, _usable_prefix(model, prompts, max_new_tokens)
+    device, shared = model.device, _usable_prefix(model, prompts, max(limits))
     cache = prefix_cache(model, torch.tensor(prompts[0][:shared], device=device), len(prompts)) if shared else DynamicCache()
     ids, mask = _left_pad([row[shared:] for row in prompts], pad, device)
     mask = torch.cat([mask.new_ones(len(prompts), shared), mask], dim=1)
-    answers, alive = [[] for _ in prompts], list(range(len(prompts)))
-    for made in range(max_new_tokens):
-        positions = (mask.cumsum(-1) - 1).clamp(min=0)[:, -ids.shape[1] :]
-        logits = _base(model)(input_ids=ids, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True, logits_to_keep=1).logits
-        chosen = logits[:, -1].argmax(-1).tolist()
-        going = [i for i, token in enumerate(chosen) if token not in stop]
-        for i in going:
-            answers[alive[i]].append(chosen[i])
-        if not going:
-            break
-        if len(going) < len(alive):
-            alive, mask = [alive[i] for i in going], mask[going]
-            cache.batch_select_indices(torch.tensor(going, device=device))
-        if not made or len(going) < len(chosen):
-            _give_room(cache, max_new_tokens - made)
-        ids = torch.tensor([[chosen[i]] for i in going], device=device)
-        mask = torch.cat([mask, mask.new_ones(len(going), 1)], dim=1)
-    _take_room(cache)
-    return answers
+    alive, left, begun = list(range(len(prompts))), list(limits), False
+    try:
+        while alive:
+            positions = (mask.cumsum(-1) - 1).clamp(min=0)[:, -ids.shape[1] :]
+            logits = _base(model)(input_ids=ids, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True, logits_to_keep=1).logits
+            chosen = _choose(logits[:, -1], [dice[row] for row in alive], sampling)
+            for row, token in zip(alive, chosen):
+                left[row] = 0 if token in stop else left[row] - 1
+                if token not in stop:
+                    yield row, token
+            going = [i for i, row in enumerate(alive) if left[row]]
+            if going and len(going) < len(alive):
+                mask = mask[going]
+                cache.batch_select_indices(torch.tensor(going, device=device))
+            if going and (not begun or len(going) < len(alive)):
+                _give_room(cache, max(left[alive[i]] for i in going))
+            alive, begun, ids = [alive[i] for i in going], True, torch.tensor([[chosen[i]] for i in going], device=device)
+            mask = torch.cat([mask[: len(going)], mask.new_ones(len(going), 1)], dim=1)
+    finally:
+        _take_room(cache)
 
-# %% ../nbs/00b_models.ipynb #generate
-def _generate_plainly(model, prompts, stop, pad, max_new_tokens):
+# %% ../nbs/00b_models.ipynb #generate-plainly
+def _only(dice, sampling):
+    "A processor of logits that leaves the chosen token alone."
+
+    def process(ids, logits):
+        chosen = torch.tensor(_choose(logits, dice, sampling), device=logits.device)
+        return torch.full_like(logits, -math.inf).scatter(1, chosen[:, None], 0.0)
+
+    return [process]
+
+# %% ../nbs/00b_models.ipynb #generate-plainly-all
+def _generate_plainly(model, prompts, stop, pad, limits, dice, sampling, **more):
+    if len(set(limits)) > 1:
+        return [_generate_plainly(model, [row], stop, pad, [limit], [one], sampling)[0] for row, limit, one in zip(prompts, limits, dice)]
     ids, mask = _left_pad(prompts, pad, model.device)
-    made = model.generate(input_ids=ids, attention_mask=mask, max_new_tokens=max_new_tokens, do_sample=False, num_beams=1, eos_token_id=stop, pad_token_id=pad)
+    more |= dict(do_sample=False, num_beams=1, eos_token_id=stop, pad_token_id=pad, logits_processor=_only(dice, sampling))
+    made = model.generate(input_ids=ids, attention_mask=mask, max_new_tokens=limits[0], **more)
     answers = made[:, ids.shape[1] :].tolist()
     return [row[: next((i for i, token in enumerate(row) if token in stop), len(row))] for row in answers]
 
 # %% ../nbs/00b_models.ipynb #answering
 @contextmanager
-def _answering(model):
+def _evaluating(model):
     training = [module for module in model.modules() if module.training]
-    devices = [model.device] if model.device.type == "cuda" else []
     model.eval()
     try:
-        with torch.no_grad(), torch.random.fork_rng(devices=devices):
-            yield
+        yield
     finally:
         for module in training:
             module.training = True
+
+# %% ../nbs/00b_models.ipynb #answering-all
+@contextmanager
+def _answering(model):
+    devices = [model.device] if model.device.type == "cuda" else []
+    with _evaluating(model), torch.no_grad(), torch.random.fork_rng(devices=devices):
+        yield
+
+# %% ../nbs/00b_models.ipynb #encode-prompts
+@functools.cache
+def _say_once(notice):
+    logging.getLogger("ftkit").warning(notice)
+
+
+def _encode_prompts(prompts, tokenizer):
+    "Token ids of each prompt, a text or a record."
+    if not tokenizer.chat_template:
+        _say_once("this tokenizer has no chat template, so prompts are laid out in the Alpaca format (### Instruction, ### Response), as in training; set tokenizer.chat_template if the model knows another layout")
+    records = [{"messages": [{"role": "user", "content": prompt}]} if isinstance(prompt, str) else prompt for prompt in prompts]
+    return [encode_prompt(record, tokenizer) for record in records]
+
+# %% ../nbs/00b_models.ipynb #limits
+def _limits(model, prompts, max_new_tokens):
+    "The most tokens that each answer may have; `FtkitError` for a prompt that leaves no room for one."
+    context = getattr(_base(model).config.get_text_config(), "max_position_embeddings", None) or math.inf
+    if max_new_tokens < 1:
+        raise FtkitError(f"max_new_tokens is {max_new_tokens}, it must be at least 1")
+    for number, ids in enumerate(prompts):
+        if len(ids) >= context:
+            raise FtkitError(f"prompt {number} has {len(ids):,} tokens, and the context of this model ends at {context:,}: shorten it (nothing is cut off unasked)")
+    return [min(max_new_tokens, context - len(ids)) for ids in prompts]
+
+# %% ../nbs/00b_models.ipynb #batches
+def _batches(lengths, batch_tokens):
+    "Row numbers in batches: short rows first, in each at most `batch_tokens` tokens, padding included."
+    batches = []
+    for row in sorted(range(len(lengths)), key=lengths.__getitem__):
+        if batches and (len(batches[-1]) + 1) * lengths[row] <= batch_tokens:
+            batches[-1].append(row)
+        else:
+            batches.append([row])
+    return batches
+
+# %% ../nbs/00b_models.ipynb #plan
+class _Plan(NamedTuple):
+    "Prompts as token ids, and for each the most tokens of its answer and its random generator."
+
+    prompts: list
+    limits: list
+    dice: list
+    sampling: _Sampling
+    stop: list
+    pad: int
+
+
+def _plan(model, tokenizer, prompts, max_new_tokens, *sampling):
+    sampling, stop, encoded = _check_sampling(*sampling), end_of_turn_ids(tokenizer), _encode_prompts(prompts, tokenizer)
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else stop[0]
+    return _Plan(encoded, _limits(model, encoded, max_new_tokens), _dice(encoded, sampling), sampling, stop, pad)
+
+# %% ../nbs/00b_models.ipynb #batch
+def _answer_batch(model, plan, rows):
+    "Token ids of the answers to these rows of a plan."
+    prompts, limits, dice = ([part[row] for row in rows] for part in (plan.prompts, plan.limits, plan.dice))
+    if prefix_obstacle(model):
+        return _generate_plainly(model, prompts, plan.stop, plan.pad, limits, dice, plan.sampling)
+    answers = [[] for _ in rows]
+    for row, token in _answer_tokens(model, prompts, plan.stop, plan.pad, limits, dice, plan.sampling):
+        answers[row].append(token)
+    return answers
 
 # %% ../nbs/00b_models.ipynb #generate-public
 def generate(
     model,  # a causal language model of transformers, or a PEFT model around one
     tokenizer,  # its tokenizer
-    records: list[dict],  # Alpaca or chat records; a last assistant turn is left out, the model is to write it
+    prompts: str | dict | list,  # what the user says, or an Alpaca or chat record (a last assistant turn is left out: the model is to write it), or a list of these
     max_new_tokens: int = 128,  # longest answer, in tokens
-    batch_size: int = 32,  # rows answered at once; rows of like length go together
-) -> list[str]:  # the answers, in the order of `records`, without special tokens
-    "Greedy answers to all `records`, in batches, the shared prefix run once; leaves random state and train/eval mode as they were."
-    stop = end_of_turn_ids(tokenizer)
-    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else stop[0]
-    prompts = [encode_prompt(record, tokenizer) for record in records]
-    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
-    texts = [""] * len(prompts)
+    temperature: float = 0.0,  # 0: greedy, always the likeliest token; 1: as the model's distribution says; between: closer to the likeliest
+    top_p: float = 1.0,  # draw from the likeliest tokens that together have this share; 1: from all
+    top_k: int = 0,  # draw from so many of the likeliest tokens; 0: from all
+    seed: int = 0,  # of the draws; a prompt's answer does not depend on what else is asked
+    batch_tokens: int = 8192,  # tokens of prompts and answers that are in memory at once; a longer row goes alone
+) -> str | list[str]:  # one text for one prompt, else the answers in the order of `prompts`, without special tokens
+    "Answer all prompts, in batches, the shared prefix run once. Leaves random state and modes as they were; `FtkitError` if a prompt fills the context."
+    several = isinstance(prompts, (list, tuple))
+    plan = _plan(model, tokenizer, prompts if several else [prompts], max_new_tokens, temperature, top_p, top_k, seed)
+    texts = [""] * len(plan.prompts)
     with _answering(model):
-        answer = _generate_plainly if prefix_obstacle(model) else _greedy
-        for start in range(0, len(order), batch_size):
-            rows = order[start : start + batch_size]
-            for i, ids in zip(rows, answer(model, [prompts[i] for i in rows], stop, pad, max_new_tokens)):
-                texts[i] = tokenizer.decode(ids, skip_special_tokens=True)
-    return texts
+        for rows in _batches([len(ids) + limit for ids, limit in zip(plan.prompts, plan.limits)], batch_tokens):
+            for row, ids in zip(rows, _answer_batch(model, plan, rows)):
+                texts[row] = tokenizer.decode(ids, skip_special_tokens=True)
+    return texts if several else texts[0]
+
+# %% ../nbs/00b_models.ipynb #pieces
+def _pieces(tokens, tokenizer):
+    "Text of `tokens` as they come, in pieces of whole characters."
+    made, said = [], ""
+    for token in tokens:
+        made.append(token)
+        text = tokenizer.decode(made, skip_special_tokens=True)
+        if not text.endswith("\ufffd") and text.startswith(said) and text != said:
+            yield text[len(said) :]
+            said = text
+    rest = tokenizer.decode(made, skip_special_tokens=True)[len(said) :]
+    if rest:
+        yield rest
+
+# %% ../nbs/00b_models.ipynb #plain-tokens
+def _plain_tokens(model, plan):
+    "The tokens of one answer by transformers' own loop, as they are made."
+    tokens, halt = queue.Queue(), threading.Event()
+    streamer = type("Streamer", (), dict(put=lambda self, ids: tokens.put(ids.flatten().tolist()), end=lambda self: None))()
+
+    def work():
+        halted = [lambda ids, scores, **more: torch.full((len(ids),), halt.is_set(), device=ids.device)]
+        try:
+            with torch.no_grad():
+                _generate_plainly(model, plan.prompts, plan.stop, plan.pad, plan.limits, plan.dice, plan.sampling, streamer=streamer, stopping_criteria=halted)
+            tokens.put(None)
+        except Exception as error:
+            tokens.put(error)
+
+    thread = threading.Thread(target=work, name="ftkit stream", daemon=True)
+    thread.start()
+    try:
+        yield from _until_stop(tokens, plan.stop)
+    finally:
+        halt.set()
+        thread.join()
+
+# %% ../nbs/00b_models.ipynb #until-stop
+def _until_stop(tokens, stop):
+    tokens.get()
+    while (made := tokens.get()) is not None:
+        if isinstance(made, Exception):
+            raise made
+        if made[0] in stop:
+            return
+        yield made[0]
+
+# %% ../nbs/00b_models.ipynb #stream
+def _streamed(model, tokenizer, plan):
+    with _evaluating(model):
+        if prefix_obstacle(model):
+            yield from _pieces(_plain_tokens(model, plan), tokenizer)
+        else:
+            yield from _pieces((token for _, token in _answer_tokens(model, plan.prompts, plan.stop, plan.pad, plan.limits, plan.dice, plan.sampling)), tokenizer)
+
+# %% ../nbs/00b_models.ipynb #stream-public
+def stream(
+    model,  # as for `generate`
+    tokenizer,  # its tokenizer
+    prompt: str | dict,  # what the user says, or an Alpaca or chat record
+    max_new_tokens: int = 512,  # longest answer, in tokens
+    temperature: float = 0.0,  # as for `generate`, like the rest
+    top_p: float = 1.0,  # share of the likeliest tokens
+    top_k: int = 0,  # number of the likeliest tokens; 0: all
+    seed: int = 0,  # of the draws
+) -> Iterator[str]:  # pieces of whole characters; together the text that `generate` gives
+    "Answer one prompt piece by piece; to stop early, stop iterating. The model is in eval mode until the last piece."
+    return _streamed(model, tokenizer, _plan(model, tokenizer, [prompt], max_new_tokens, temperature, top_p, top_k, seed))
 
 # %% ../nbs/00b_models.ipynb #source
 @dataclass(frozen=True)
@@ -620,6 +833,31 @@ def _dtype_for(device):
         _TOLD.add(reason)
     return dtype
 
+# %% ../nbs/00b_models.ipynb #check-whole
+def _check_whole(path):
+    "`FtkitError` if a safetensors file is shorter or longer than its header says."
+    size = path.stat().st_size
+    with open(path, "rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        try:
+            header = json.loads(file.read(length)) if 0 < length <= min(size, 100_000_000) else None
+            wanted = 8 + length + max(tensor["data_offsets"][1] for name, tensor in header.items() if name != "__metadata__")
+        except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
+            raise FtkitError(f"{path} is no safetensors file, or its beginning is damaged: copy or save it again") from None
+    if size != wanted:
+        raise FtkitError(f"{path} has {size:,} bytes and must have {wanted:,}: {'it was cut short, ' if size < wanted else ''}copy or save it again")
+
+# %% ../nbs/00b_models.ipynb #check-weights
+def _check_weights(folder):
+    "`FtkitError` if the weights in a folder are pickled, or cut short."
+    files = sorted(folder.glob("*.safetensors"))
+    pickled = sorted(path.name for pattern in ("pytorch_model*.bin", "adapter_model*.bin", "*.pth", "*.ckpt") for path in folder.glob(pattern))
+    if pickled and not files:
+        loads = "PeftModel.from_pretrained(base, folder)" if pickled[0].startswith("adapter") else "AutoModelForCausalLM.from_pretrained(folder)"
+        raise FtkitError(f"{folder}: its weights are pickled ({pickled[0]}), which may run any program when read: if you trust them, convert them once, by {loads}.save_pretrained(new_folder)")
+    for path in files:
+        _check_whole(path)
+
 # %% ../nbs/00b_models.ipynb #locate
 def _locate(name):
     "`(folder or hub id, keyword arguments)` for transformers' `from_pretrained`."
@@ -636,6 +874,8 @@ def _locate(name):
         raise FtkitError(f"{name} holds an adapter, not a model: load its base model, then ftkit.lora.load_adapter(model, {str(name)!r})")
     if path.is_dir() and not (path / "config.json").exists():
         raise FtkitError(f"{name} is a folder without a config.json, so it holds no model in transformers' format")
+    if path.is_dir():
+        _check_weights(path)
     if not path.exists() and (path.is_absolute() or str(name)[0] in ".~" or path.suffix == ".gguf" or len(path.parts) > 2):
         raise FtkitError(f"there is no model file or folder {name}: check the path, or give {SMOLLM2.name!r}, a name on the hub or a folder")
     return str(path) if path.exists() else name, {}
@@ -718,3 +958,75 @@ def base_name(
         return json.loads(Path(name, "ftkit.json").read_text(encoding="utf-8"))["name"]
     except (OSError, ValueError, KeyError, TypeError):
         return name
+
+# %% ../nbs/00b_models.ipynb #base-parameters
+_INSIDE = {"base_layer", "original_module", "_orig_mod"}
+
+
+def _plain_name(name, wrappers):
+    "The name of a weight as it was before an adapter; None for a weight of the adapter."
+    parts = name.split(".")
+    if any(".".join(parts[:i]) in wrappers and parts[i] not in _INSIDE for i in range(1, len(parts))):
+        return None
+    return ".".join(part for part in parts if part not in _INSIDE)
+
+# %% ../nbs/00b_models.ipynb #base-parameters-all
+def _base_parameters(model):
+    "Plain name -> (weight, whether an adapter wraps it), in the order of the names."
+    base = _base(model)
+    wrappers = {name for name, module in base.named_modules() if _INSIDE & module._modules.keys()}
+    named = {name: (_plain_name(name, wrappers), weight) for name, weight in base.named_parameters()}
+    return dict(sorted((plain, (weight, plain != name)) for name, (plain, weight) in named.items() if plain is not None))
+
+# %% ../nbs/00b_models.ipynb #probe
+_PROBES = 8
+_REWRITERS = ("pissa", "olora", "corda", "loftq", "lora_ga")
+
+
+def _rewrites(config):
+    "Whether this kind of adapter changes the weights that it wraps, when it is put on."
+    return str(getattr(config, "init_lora_weights", "")).startswith(_REWRITERS)
+
+# %% ../nbs/00b_models.ipynb #probe-values
+def _probe(weight, known):
+    "(8,) bfloat16, spread over the weight; NaN where its values cannot be had."
+    if not known or not weight.is_floating_point() or hasattr(weight, "quant_state") or weight.is_meta or not weight.numel():
+        return torch.full((_PROBES,), math.nan, dtype=torch.bfloat16)
+    places = [i * (weight.numel() - 1) // (_PROBES - 1) for i in range(_PROBES)]
+    return weight.detach().reshape(-1)[places].float().cpu().bfloat16()
+
+# %% ../nbs/00b_models.ipynb #base-fingerprint
+def base_fingerprint(
+    model,  # a model of transformers, or a PEFT model around one
+) -> str:  # 32 hexadecimal digits for names and shapes, a colon, the values in base64; some kilobytes
+    "What a base model is known by, whatever its dtype and with or without an adapter on it; `base_difference` compares two."
+    rewritten = any(map(_rewrites, getattr(model, "peft_config", {}).values()))
+    digest, values = hashlib.sha256(), []
+    for name, (weight, wrapped) in _base_parameters(model).items():
+        shape = getattr(getattr(weight, "quant_state", None), "shape", None) or weight.shape
+        digest.update(f"{name} {tuple(shape)}\n".encode())
+        values.append(_probe(weight, not (wrapped and rewritten)))
+    packed = torch.cat(values).view(torch.int16).numpy().astype("<i2").tobytes()
+    return f"{digest.hexdigest()[:32]}:{base64.b64encode(packed).decode()}"
+
+# %% ../nbs/00b_models.ipynb #base-difference
+def _probes(fingerprint):
+    try:
+        packed = np.frombuffer(base64.b64decode(fingerprint.split(":")[1], validate=True), "<u2")
+        return (packed.astype(np.uint32) << 16).view(np.float32).reshape(-1, _PROBES)
+    except (ValueError, IndexError, AttributeError):
+        raise FtkitError(f"{str(fingerprint)[:40]!r} is no fingerprint of a base model") from None
+
+# %% ../nbs/00b_models.ipynb #base-difference-public
+def base_difference(
+    one: str,  # from `base_fingerprint`
+    other: str,  # likewise
+) -> str | None:  # None for the same base, else what differs, in words
+    "Whether two fingerprints are of the same base. Weights whose values one of them does not know are compared by name and shape."
+    ours, theirs = _probes(one), _probes(other)
+    if one.split(":")[0] != other.split(":")[0] or len(ours) != len(theirs):
+        return "its weights have other names or shapes"
+    known = ~(np.isnan(ours) | np.isnan(theirs)).any(1)
+    far = np.abs(ours - theirs) > 2.0**-7 * np.maximum(np.abs(ours), np.abs(theirs)) + 2.0**-24
+    differ = int((far.any(1) & known).sum())
+    return f"{differ} of its {int(known.sum())} weights that can be compared hold other values" if differ else None

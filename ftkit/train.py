@@ -46,7 +46,7 @@ from .core import cache_dir, write_atomic
 from .data import FtkitError, collate, encode_data, encode_prompt, fingerprint, load_records, printable
 from .lens import lens
 from .loss import LossPlan, compile_layers, loss_plan, loss_sum, trained_tokens, uncompile_layers
-from .models import _base, base_name, generate, load_model
+from .models import _base, base_fingerprint, base_name, generate, load_model
 from .preflight import FINDINGS, preflight
 from .report import write_model_card
 
@@ -1662,6 +1662,24 @@ def _read_data(folder: Path, config: dict):
     lines = (folder / "data" / "prompts.jsonl").read_text(encoding="utf-8").split("\n")
     return data, held_out, [json.loads(line) for line in lines if line]
 
+# %% ../nbs/00c_train.ipynb #training-facts
+def _quantization(model) -> str | None:
+    "How the base is packed: \"nf4\", \"int8\", another method's name, or None."
+    config = getattr(_base(model).config, "quantization_config", None)
+    if config is None: return None
+    config = config if isinstance(config, dict) else config.to_dict()
+    if config.get("load_in_4bit"): return str(config.get("bnb_4bit_quant_type", "fp4"))
+    return "int8" if config.get("load_in_8bit") else str(config.get("quant_method"))
+
+
+@patch
+def _write_training(self: Run, folder: Path):
+    config, template = _read_config(self.folder), json.dumps(self.tokenizer.chat_template)
+    base = dict(name=config["model"]["name"], fingerprint=base_fingerprint(self.model) if hasattr(self.model, "peft_config") else None)
+    facts = dict(run=self.folder.name, base=base, method=config["method"], quantize=_quantization(self.model), data_sha256=config["data"]["sha256"],
+                 template_sha256=hashlib.sha256(template.encode()).hexdigest(), step=self.step, versions=config["versions"])
+    write_atomic(folder / "training.json", json.dumps(facts, indent=1))
+
 # %% ../nbs/00c_train.ipynb #run-save
 @patch
 def save(
@@ -1671,7 +1689,9 @@ def save(
     "Write what was trained, with tokenizer and model card, where plain PEFT (or transformers) loads it."
     folder = self.folder / ("adapter" if hasattr(self.model, "peft_config") else "model")
     def write(path: Path):
-        with self._at_rest(): save_weights(self.model, path)
+        with self._at_rest():
+            save_weights(self.model, path)
+            self._write_training(path)
         self.tokenizer.save_pretrained(path)
         write_model_card(path, {**self._card(), **card})
     fresh = folder.with_name(f".{folder.name}.new")
