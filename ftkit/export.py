@@ -26,11 +26,12 @@ import transformers
 from fastcore.basics import patch
 
 # %% ../nbs/08_export.ipynb #exported-imports-more
-from .checkpoint import MANIFEST, _why, verify_folder, write_folder
+from .checkpoint import MANIFEST, verify_folder, write_folder
 from .core import cache_dir, require
 from .data import ALPACA_TEMPLATE, FtkitError, _render, _render_options, end_of_turn_ids, printable
+from .inference import _training_facts, _tuned_folder, load_tuned, merge
 from .lora import load_adapter
-from .models import _NAMES, _answering, _base, _quiet, _read_gguf, load_model
+from .models import _NAMES, _answering, _base, _check_weights, _quiet, _read_gguf, load_model
 from .report import plot_losses, write_model_card
 from .train import Run, _encoded, _free_memory, _is_named, _read_config, save_weights
 
@@ -60,7 +61,7 @@ def divergence(
     return max(0.0, float((one.exp() * (one - other)).sum(-1).mean()))
 
 # %% ../nbs/08_export.ipynb #choose-rows
-def _choose_rows(data, rows: int = 8, tokens: int = 256) -> list[dict]:
+def _choose_rows(data, rows: int = 4, tokens: int = 128) -> list[dict]:
     "The first rows with trained tokens, cut where `tokens` are reached: input_ids, labels, and `prompt`, the ids before the first answer."
     chosen, left = [], tokens
     for i in range(len(data)):
@@ -88,7 +89,7 @@ def _measures(base, tuned, exported, targets) -> dict[str, float]:
     )
 
 # %% ../nbs/08_export.ipynb #continuations
-def _continuations(model, prompts: list[list[int]], stop: list[int], tokens: int = 32) -> list[list[int]]:
+def _continuations(model, prompts: list[list[int]], stop: list[int], tokens: int = 24) -> list[list[int]]:
     "Greedy answers by transformers' own loop, as token ids without the stop token."
     width = max(map(len, prompts))
     ids = torch.tensor([[stop[0]] * (width - len(row)) + row for row in prompts], device=model.device)
@@ -138,7 +139,6 @@ def _without_adapter(model):
 # %% ../nbs/08_export.ipynb #loaded-base
 @contextmanager
 def _loaded_base(name: str, model):
-    _check_weights(name)
     yield load_model(name, dtype=next(model.parameters()).dtype, device=model.device)[0]
 
 # %% ../nbs/08_export.ipynb #first-step
@@ -165,50 +165,26 @@ def _from_run(run: Run, held_out) -> _Source:
         card["scores"] = {who: {k: round(v, 3) for k, v in s.items() if isinstance(v, float)} for who, s in json.loads(scores.read_text()).items()}
     return _Source(run.model, run.tokenizer, _choose_rows(data), _base_of(run), card, rows_are, run._at_rest, run.history)
 
-# %% ../nbs/08_export.ipynb #check-weights
-_PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
-
-
-def _check_weights(folder: str | Path) -> None:
-    "Refuse weights that only pickle can read, and those that were cut short; names on the hub pass."
-    from safetensors import SafetensorError, safe_open
-
-    folder = Path(folder)
-    for path in sorted(folder.glob("*.safetensors")) if folder.is_dir() else ():
-        try:
-            with safe_open(path, framework="pt") as file:
-                file.keys()
-        except (SafetensorError, OSError) as error:
-            raise FtkitError(f"{path} is damaged or cut short ({_why(error)}): copy or save it again") from None
-    pickles = [path for pattern in _PICKLES for path in folder.glob(pattern)] if folder.is_dir() else []
-    if pickles and not list(folder.glob("*.safetensors")):
-        raise FtkitError(f"{pickles[0]} is a pickle, which may run code when it is read: load it where you trust it and save it again with save_pretrained (safetensors)")
+# %% ../nbs/08_export.ipynb #base-named
+def _base_named(place: Path) -> str:
+    "The name of the base of what was saved in a folder."
+    adapter = place / "adapter_config.json"
+    name = _training_facts(place).get("base", {}).get("name") or (json.loads(adapter.read_text()).get("base_model_name_or_path") if adapter.is_file() else None)
+    if not name:
+        raise FtkitError(f"{place} holds a whole model and does not say what it was trained from: export the run that made it")
+    return str(name)
 
 # %% ../nbs/08_export.ipynb #from-folder
 def _from_folder(folder: Path, held_out) -> _Source:
     "The source in an adapter's or a model's folder."
-    _check_weights(folder)
-    inside = (folder.parent / "config.yaml").is_file()
-    if held_out is None and not inside:
+    place = _tuned_folder(folder)
+    if held_out is None and not (place.parent / "data").is_dir():
         raise FtkitError(f"{folder} does not lie in a run's folder, so there is nothing to verify its export on: give held_out=records")
-    model, tokenizer, name = _load_tuned(folder)
-    data = _rows_of(folder.parent) if held_out is None else _encoded(held_out, tokenizer, None)
-    adapted = hasattr(model, "peft_config")
-    card = {"base_model": name, "method": "lora" if adapted else "full"} | (_card_of(folder.parent) if inside else {})
+    name, facts = _base_named(place), _training_facts(place)
+    model, tokenizer = load_tuned(place)
+    data, adapted = _rows_of(place.parent) if held_out is None else _encoded(held_out, tokenizer, None), hasattr(model, "peft_config")
+    card = {"base_model": name, "method": facts.get("method") or ("lora" if adapted else "full")} | ({"fingerprint": facts["data_sha256"]} if "data_sha256" in facts else {})
     return _Source(model, tokenizer, _choose_rows(data), _without_adapter if adapted else partial(_loaded_base, name), card)
-
-# %% ../nbs/08_export.ipynb #load-tuned
-def _load_tuned(folder: Path):
-    "(model, tokenizer, name of its base) from an adapter's or a model's folder."
-    if (folder / "adapter_config.json").exists():
-        name = json.loads((folder / "adapter_config.json").read_text())["base_model_name_or_path"]
-        base, tokenizer = load_model(name)
-        return load_adapter(base, folder), tokenizer, name
-    model, tokenizer = load_model(folder)
-    config = folder.parent / "config.yaml"
-    if not config.is_file():
-        raise FtkitError(f"{folder} holds a whole model and does not say what it was trained from: export the run that made it")
-    return model, tokenizer, _read_config(folder.parent)["model"]["name"]
 
 # %% ../nbs/08_export.ipynb #rows-of
 def _rows_of(folder: Path):
@@ -217,11 +193,6 @@ def _rows_of(folder: Path):
 
     names = [folder / "data" / f"{name}.parquet" for name in ("held_out", "train")]
     return datasets.Dataset.from_parquet(str(next(path for path in names if path.exists())), keep_in_memory=False)
-
-# %% ../nbs/08_export.ipynb #card-of
-def _card_of(folder: Path) -> dict:
-    config = _read_config(folder)
-    return {"base_model": config["model"]["name"], "method": config["method"], "settings": config["options"], "fingerprint": config["data"]["sha256"]}
 
 # %% ../nbs/08_export.ipynb #find-source
 def _find_source(what, held_out=None) -> _Source:
@@ -250,8 +221,7 @@ def _exact(model):
 # %% ../nbs/08_export.ipynb #merged
 def _merged(model):
     "A plain copy of the model, with its adapter's change in the weights."
-    copied = copy.deepcopy(model)
-    return copied.merge_and_unload(safe_merge=True) if hasattr(copied, "peft_config") else copied
+    return merge(model) if hasattr(model, "peft_config") else copy.deepcopy(model)
 
 # %% ../nbs/08_export.ipynb #plain
 def _plain(model):
@@ -668,7 +638,7 @@ class Certificate:
     distance: float  # nats a token: what of it the export shows, KL(exported || base)
     drift: float  # nats a token: what the export changed, KL(tuned || exported)
     rounding: float | None  # nats a token: what rounding alone changes, KL(tuned || tuned with rounded weights), without any file; None: not known
-    base_rounding: float | None  # nats a token: what the same rounding does to the base, KL(base || base with rounded weights)
+    base_rounding: float | None  # nats a token: what the same rounding does to the base, KL(base || base with rounded weights); None: not measured
     tokens: int  # trained tokens that were compared
     moved: int  # of these, tokens whose loss the tuning moved
     kept: float  # share of the moved that the export moved too
@@ -703,7 +673,8 @@ def problems(self: Certificate) -> list[str]:
 def _lines(c: Certificate) -> dict[str, str]:
     "What the certificate says, as a table."
     same = sum(a["exported"] is None for a in c.answers)
-    rounding = f"; rounding alone {c.rounding:.2g}, on the base {c.base_rounding:.2g}" if c.rounding else ""
+    rounding = f"; rounding alone {c.rounding:.2g}" if c.rounding else ""
+    rounding += f" (the base, rounded alike: {c.base_rounding:.2g})" if c.base_rounding is not None else ""
     return {
         "compared": f"{c.tokens} trained tokens of {c.rows_are}, in {c.arithmetic}",
         "effect of the tuning": f"{c.effect:.4g} nats a token from {c.base}",
@@ -750,7 +721,7 @@ class _Reference:
     answers: list[list[int]]
 
 # %% ../nbs/08_export.ipynb #refer
-def _refer(source: _Source, prompts: int = 4) -> _Reference:
+def _refer(source: _Source, prompts: int = 3) -> _Reference:
     model, stop = _exact(source.model), end_of_turn_ids(source.tokenizer)
     ask = lambda model: (_log_probs(model, source.rows), _continuations(model, [row["prompt"] for row in source.rows[:prompts]], stop))
     with _answering(model):
@@ -805,9 +776,10 @@ def _rounding(reference: _Reference, form: str, numbers: str | None) -> dict[str
     rows = reference.source.rows
     with reference.source.base(reference.model) as base:
         untouched = _plain(base)
+    measured = numbers in ("q8_0", "q4_0")  # 16 bits cost a base little, or nothing
     return {
         "rounding": _rounded(_merged(reference.model), reference.tuned, rows, form, numbers),
-        "base_rounding": _rounded(untouched, reference.base, rows, form, numbers),
+        "base_rounding": _rounded(untouched, reference.base, rows, form, numbers) if measured else None,
     }
 
 # %% ../nbs/08_export.ipynb #compare-answers
