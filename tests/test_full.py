@@ -84,7 +84,8 @@ def test_a_replay_and_a_branch_have_the_parts_and_their_rates(tmp_path, never_st
     with pytest.raises(FtkitError, match="its first checkpoint is not here"):
         twig.sample(RECORDS[:1], at="base")
     with pytest.raises(FtkitError, match="rate_factors cannot change"):
-        twig.branch(at=4, rate_factors={"norms": 3.0})
+        twig.branch(at=4, name="other", rate_factors={"norms": 3.0})
+    assert not (tmp_path / "other").exists()  # refused before anything is made
 
 
 def test_a_rewind_has_them_too(tmp_path, never_stopped, monkeypatch):
