@@ -232,3 +232,14 @@ def test_loftq_begins_nearer_to_the_original(folder):
         init_loftq(add_lora(load(folder, None)[0]))
     with pytest.raises(FtkitError, match="plain LoRA"):
         init_loftq(add_lora(load(folder)[0], variant="dora"))
+
+
+def test_dora_works_in_four_bits_and_is_refused_in_eight(folder):
+    model = load(folder)[0]
+    reference = logits(model)
+    adapted = add_lora(model, rank=4, targets="all-linear", variant="dora")
+    assert drift(reference, logits(adapted)) < 1e-6
+    trained = logits(tuned(adapted))
+    assert drift(trained, logits(dequantize(adapted).merge_and_unload())) < 1e-6
+    with pytest.raises(FtkitError, match="'dora' does not work on int8"):
+        add_lora(load(folder, "int8")[0], variant="dora")
