@@ -9,6 +9,7 @@ __all__ = ['CHATML', 'PREFIX_FAMILIES', 'SMOLLM2', 'QUANTIZATIONS', 'tiny_tokeni
 
 # %% ../nbs/00b_models.ipynb #exported-imports
 import errno
+import functools
 import hashlib
 import importlib.util
 import json
@@ -28,7 +29,7 @@ import uuid
 import zipfile
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cache, partial
+from functools import partial
 from pathlib import Path
 
 # %% ../nbs/00b_models.ipynb #exported-imports-more
@@ -987,7 +988,7 @@ def _quantizer(place, options, quantize, dtype, device):
     return placed if stored else placed | {"quantization_config": BitsAndBytesConfig(**QUANTIZATIONS[quantize], bnb_4bit_compute_dtype=dtype)}
 
 # %% ../nbs/00b_models.ipynb #settled
-@cache
+@functools.cache
 def _unpacking(kind: type) -> type:
     "The state of an 8-bit layer that unpacks its weights in eval mode as it does in training."
     return type(kind.__name__, (kind,), {"is_training": property(lambda self: True, lambda self, mode: None)})
