@@ -1752,8 +1752,7 @@ def open(
     checkpoint, reasons = newest_checkpoint(folder)
     if checkpoint is None: raise FtkitError(f"{folder} has no sound checkpoint to go on from" + (f": {reasons[0]}" if reasons else ""))
     if tokenizer is None: tokenizer = transformers.AutoTokenizer.from_pretrained(folder / "tokenizer")
-    model = _as_begun(_with_adapter(_base_for(folder, config, model), checkpoint), config, options)
-    if config["method"] != "full" and _base_fingerprint(model) != config["model"]["base_sha256"]: raise FtkitError(f"{folder} was trained from {config['model']['name']}, whose weights are not those of the model given")
+    model = _model_of(folder, config, checkpoint, model, options)
     data, held_out, prompts = _read_data(folder, config)
     run = cls.__new__(cls)
     run._take_in(model, tokenizer, data, held_out, prompts, config["allow"], config["compile"], callbacks, quiet, {**config["options"], **options})
@@ -1800,11 +1799,9 @@ def _keep_attention(self: Run, config: dict):
     self.plan = replace(self.plan, attention=grouped, reason=config["loss"])
 
 # %% ../nbs/00c_train.ipynb #quantized-alike
-def _base_for(folder: Path, config: dict, model):
-    then = config["model"].get("quantize")
-    if model is None: return load_model(config["model"]["name"], dtype=getattr(torch, config["model"]["dtype"]), quantize=then)[0]
-    if then != quantization(model): raise FtkitError(f"{folder} was trained on {then or 'plain'} weights and the model given has {quantization(model) or 'plain'} ones: load it with quantize={then!r}")
-    return model
+def _check_quantized_alike(folder: Path, config: dict, model):
+    then, now = config["model"].get("quantize"), quantization(model)
+    if then != now: raise FtkitError(f"{folder} was trained on {then or 'plain'} weights and the model given has {now or 'plain'} ones: load it with quantize={then!r}")
 
 # %% ../nbs/00c_train.ipynb #with-adapter
 def _with_adapter(model, checkpoint: Path):
