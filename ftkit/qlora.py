@@ -167,9 +167,11 @@ def _with_adapters(base, adapters: dict[str, tuple], active: str):
     model = base
     for name, (config, weights) in adapters.items():
         config.fan_in_fan_out = any(isinstance(layer, Conv1D) for layer in base.modules())
+        known, config.base_model_name_or_path = config.base_model_name_or_path, None  # PEFT puts the folder of this machine
         if model is base: model = get_peft_model(base, config, adapter_name=name)
         else: model.add_adapter(name, config)
         set_peft_model_state_dict(model, weights, adapter_name=name)
+        model.peft_config[name].base_model_name_or_path = known
     model.set_adapter(active)
     return model
 
