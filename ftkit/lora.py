@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from .data import FtkitError
-from .models import base_name
+from .models import base_name, quantization
 
 # %% ../nbs/01_lora.ipynb #linear-layers
 def _linear_layers(model) -> dict[str, nn.Module]:
@@ -101,6 +101,11 @@ def _refuse_second_adapter(model):
     if hasattr(model, "peft_config"):
         raise FtkitError("this model already has an adapter: take it off with `model = model.unload()`, or load the base model again")
 
+
+def _refuse_dora_in_8_bits(model, variant):
+    if variant == "dora" and quantization(model) == "int8" and model.device.type == "cpu":
+        raise FtkitError("variant 'dora' does not work on int8 weights on a CPU: take 'lora', or load the model with quantize='nf4'")
+
 # %% ../nbs/01_lora.ipynb #check-pissa
 def _check_pissa(layers: dict, names: list[str], rank: int):
     for name, layer in layers.items():
@@ -154,6 +159,7 @@ def add_lora(
 
     _check_options(rank, alpha, dropout, variant)
     _refuse_second_adapter(model)
+    _refuse_dora_in_8_bits(model, variant)
     names, layers = target_modules(model, targets), _linear_layers(model)
     if variant == "pissa":
         _check_pissa(layers, names, rank)

@@ -9,9 +9,11 @@ __all__ = ['CHATML', 'PREFIX_FAMILIES', 'SMOLLM2', 'QUANTIZATIONS', 'tiny_tokeni
 
 # %% ../nbs/00b_models.ipynb #exported-imports
 import errno
+import functools
 import hashlib
 import importlib.util
 import json
+import logging
 import os
 import re
 import shutil
@@ -966,6 +968,11 @@ def _check_quantize(quantize, stored, gguf_file):
         raise FtkitError(f"this model is quantized on disk already ({stored}): load it without quantize, or take the original for quantize={quantize!r}")
 
 
+def _require_bitsandbytes():
+    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
+    require("bitsandbytes", "qlora")
+
+
 def _quantizer(place, options, quantize, dtype, device):
     "More keyword arguments for `from_pretrained`, for a model that is or shall be quantized; empty for a plain one."
     from transformers import AutoConfig, BitsAndBytesConfig
@@ -975,19 +982,26 @@ def _quantizer(place, options, quantize, dtype, device):
     if not (quantize or stored):
         return {}
     if (quantize or stored).split(",")[0] in ("nf4", "fp4", "int8"):
-        require("bitsandbytes", "qlora")
+        _require_bitsandbytes()
     index = torch.cuda.current_device() if device.type == "cuda" and device.index is None else device.index
     placed = {"device_map": {"": torch.device(device.type, index)}}
     return placed if stored else placed | {"quantization_config": BitsAndBytesConfig(**QUANTIZATIONS[quantize], bnb_4bit_compute_dtype=dtype)}
 
 # %% ../nbs/00b_models.ipynb #settled
+@functools.cache
+def _unpacking(kind: type) -> type:
+    "The state of an 8-bit layer that unpacks its weights in eval mode as it does in training."
+    return type(kind.__name__, (kind,), {"is_training": property(lambda self: True, lambda self, mode: None)})
+
+
 def _settled(model, dtype):
     for layer in model.modules():
-        if getattr(getattr(layer, "weight", None), "quant_state", None) is None:
-            continue
-        layer.compute_dtype, layer.compute_type_is_set = dtype, True
-        layer.weight.quant_state.dtype = dtype  # what the backward pass unpacks into
-        layer.support_avx512bf16_for_cpu = False
+        if getattr(getattr(layer, "weight", None), "quant_state", None) is not None:
+            layer.compute_dtype, layer.compute_type_is_set = dtype, True
+            layer.weight.quant_state.dtype = dtype  # what the backward pass unpacks into
+            layer.support_avx512bf16_for_cpu = False
+        elif type(layer).__name__ == "Linear8bitLt" and layer.weight.device.type == "cpu":
+            layer.state.__class__ = _unpacking(type(layer.state))
     return model
 
 # %% ../nbs/00b_models.ipynb #load-model

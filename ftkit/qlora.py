@@ -10,6 +10,7 @@ import copy
 from pathlib import Path
 from typing import NamedTuple
 
+# %% ../nbs/02_qlora.ipynb #exported-imports-more
 import torch
 from torch import nn
 
@@ -20,9 +21,10 @@ from .models import _base, _locate, base_name, quantization
 
 # %% ../nbs/02_qlora.ipynb #is-packed
 def _is_packed(layer) -> bool:
-    return type(getattr(layer, "weight", None)).__name__ in ("Params4bit", "Int8Params")
+    "Whether a layer is a packed one itself; PEFT's layer around it, which shows its weight, is not."
+    return type(getattr(layer, "weight", None)).__name__ in ("Params4bit", "Int8Params") and not hasattr(layer, "base_layer")
 
-
+# %% ../nbs/02_qlora.ipynb #scales
 def _scales(layer) -> list[torch.Tensor]:
     "What a packed layer keeps beside its packed weights."
     state = getattr(layer.weight, "quant_state", None)
@@ -42,7 +44,7 @@ class WeightBytes(NamedTuple):
     def __repr__(self):
         return f"{sum(self) / 1e6:.1f} MB: {self.packed / 1e6:.1f} packed, {self.scales / 1e6:.1f} scales, {self.plain / 1e6:.1f} plain"
 
-
+# %% ../nbs/02_qlora.ipynb #weight-bytes-count
 def weight_bytes(
     model: nn.Module,  # with or without packed layers and adapter
 ) -> WeightBytes:  # (packed, scales, plain), which prints as a sentence
@@ -157,7 +159,7 @@ def _adapters(model) -> dict[str, tuple]:
     weights = lambda name: {key: value.clone() for key, value in get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False).items()}
     return {name: (copy.deepcopy(config), weights(name)) for name, config in model.peft_config.items()}
 
-
+# %% ../nbs/02_qlora.ipynb #with-adapters
 def _with_adapters(base, adapters: dict[str, tuple], active: str):
     from peft import get_peft_model, set_peft_model_state_dict
     from transformers.pytorch_utils import Conv1D
@@ -165,9 +167,11 @@ def _with_adapters(base, adapters: dict[str, tuple], active: str):
     model = base
     for name, (config, weights) in adapters.items():
         config.fan_in_fan_out = any(isinstance(layer, Conv1D) for layer in base.modules())
+        known, config.base_model_name_or_path = config.base_model_name_or_path, None  # PEFT puts the folder of this machine
         if model is base: model = get_peft_model(base, config, adapter_name=name)
         else: model.add_adapter(name, config)
         set_peft_model_state_dict(model, weights, adapter_name=name)
+        model.peft_config[name].base_model_name_or_path = known
     model.set_adapter(active)
     return model
 

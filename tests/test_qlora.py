@@ -232,3 +232,27 @@ def test_loftq_begins_nearer_to_the_original(folder):
         init_loftq(add_lora(load(folder, None)[0]))
     with pytest.raises(FtkitError, match="plain LoRA"):
         init_loftq(add_lora(load(folder)[0], variant="dora"))
+
+
+def test_dora_works_in_four_bits_and_is_refused_in_eight(folder):
+    model = load(folder)[0]
+    reference = logits(model)
+    adapted = add_lora(model, rank=4, targets="all-linear", variant="dora")
+    assert drift(reference, logits(adapted)) < 1e-6
+    trained = logits(tuned(adapted))
+    assert drift(trained, logits(dequantize(adapted).merge_and_unload())) < 1e-6
+    with pytest.raises(FtkitError, match="'dora' does not work on int8"):
+        add_lora(load(folder, "int8")[0], variant="dora")
+
+
+def test_weights_are_counted_alike_with_and_without_adapter_and_after_use(folder):
+    for how, bits in (("nf4", 4), ("int8", 8)):
+        model = load(folder, how)[0]
+        before = weight_bytes(model)
+        adapted = add_lora(model, rank=4, targets="all-linear")
+        logits(adapted)
+        after = weight_bytes(adapted)
+        trained = sum(p.nbytes for p in adapted.parameters() if p.requires_grad)
+        assert (after.packed, after.scales, after.plain) == (before.packed, before.scales, before.plain + trained)
+        linear = sum(layer.weight.numel() for name, layer in load(folder, None)[0].named_modules() if isinstance(layer, torch.nn.Linear) and name != "lm_head")
+        assert before.packed == linear * bits // 8
