@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['CLUTTER', 'MANIFEST', 'TEMPORARY', 'IMPLEMENTATION', 'write_folder', 'verify_folder', 'checkpoints',
            'newest_checkpoint', 'sweep_temporary', 'remove_folder', 'pack', 'unpack', 'save_state', 'load_state',
-           'save_optimizer', 'load_optimizer', 'rng_state', 'set_rng_state', 'save_rng', 'load_rng']
+           'save_optimizer', 'paged_again', 'load_optimizer', 'rng_state', 'set_rng_state', 'save_rng', 'load_rng']
 
 # %% ../nbs/00c3_checkpoint.ipynb #exported-imports
 import hashlib
@@ -336,6 +336,12 @@ def _parameter_names(optimizer: torch.optim.Optimizer, model: torch.nn.Module) -
         raise FtkitError("the optimizer has parameters that are not the model's: it was made for another model")
     return groups
 
+# %% ../nbs/00c3_checkpoint.ipynb #kind
+def _kind(optimizer: torch.optim.Optimizer) -> str:
+    "What a state belongs to: the optimizer's package, its class, and the bits of its moments where it has a choice."
+    bits = getattr(getattr(optimizer, "args", None), "optim_bits", None)
+    return f"{type(optimizer).__module__.split('.')[0]}.{type(optimizer).__name__}" + (f" ({bits} bits)" if bits else "")
+
 # %% ../nbs/00c3_checkpoint.ipynb #save-optimizer
 def save_optimizer(
     optimizer: torch.optim.Optimizer,  # any whose state is tensors and plain values: AdamW, SGD, Adafactor, ...
@@ -349,7 +355,7 @@ def save_optimizer(
         for name, parameter in zip(names, group["params"]):
             shape = {"shape": list(parameter.shape), "dtype": str(parameter.dtype)}
             parameters[name] = shape | {"state": optimizer.state.get(parameter, {})}
-    save_state({"groups": groups, "parameters": parameters}, folder, "optimizer")
+    save_state({"kind": _kind(optimizer), "groups": groups, "parameters": parameters}, folder, "optimizer")
 
 # %% ../nbs/00c3_checkpoint.ipynb #mismatch
 def _some(names) -> str:
@@ -382,6 +388,21 @@ def _placed(key, value, group: dict, parameter: torch.nn.Parameter):
     on_cpu = key == "step" and not (group.get("fused") or group.get("capturable"))
     return value if on_cpu else value.to(parameter.device)
 
+# %% ../nbs/00c3_checkpoint.ipynb #paged-again
+def paged_again(
+    optimizer: torch.optim.Optimizer,  # any; only the paged ones of bitsandbytes are touched
+    parameter: torch.nn.Parameter,  # whose state it is
+    state: dict,  # of ordinary tensors
+) -> dict:  # `state`; its moments in buffers of the optimizer's own making
+    "Put a parameter's moments back where a paged optimizer keeps them."
+    if not getattr(optimizer, "is_paged", False) or parameter.device.type == "cpu":
+        return state
+    for key in ("state1", "state2"):
+        if key in state:
+            plain = state[key].to(parameter.device)
+            state[key] = optimizer.get_state_buffer(plain, dtype=plain.dtype).copy_(plain)
+    return state
+
 # %% ../nbs/00c3_checkpoint.ipynb #restore-settings
 IMPLEMENTATION = ("foreach", "fused", "capturable", "differentiable")
 
@@ -395,9 +416,11 @@ def _restore_settings(group: dict, settings: dict) -> None:
         group[key] = value.to(old.device) if isinstance(value, torch.Tensor) and isinstance(old, torch.Tensor) else value
 
 # %% ../nbs/00c3_checkpoint.ipynb #read-optimizer
-def _read_optimizer(folder: Path, groups: list[dict], names: list[list[str]]) -> tuple[list[dict], dict]:
+def _read_optimizer(folder: Path, optimizer, names: list[list[str]]) -> tuple[list[dict], dict]:
     "The saved settings of each group and state of each parameter, compared with the groups that are to get them."
-    saved = load_state(folder, "optimizer")
+    saved, groups = load_state(folder, "optimizer"), optimizer.param_groups
+    if saved.get("kind", _kind(optimizer)) != _kind(optimizer):
+        raise FtkitError(f"optimizer.json is the state of {saved['kind']}, and this run's optimizer is {_kind(optimizer)}: go on with the same optim, or start a new run from the saved weights")
     current = {name: parameter for group, own in zip(groups, names) for name, parameter in zip(own, group["params"])}
     _check_parameters(saved["parameters"], current)
     if [set(own) for own in names] != [set(group["names"]) for group in saved["groups"]]:
@@ -413,13 +436,13 @@ def load_optimizer(
 ) -> None:
     "Give an optimizer its saved state back, to the last bit; raises `FtkitError` for a state of other parameters."
     names = _parameter_names(optimizer, model)
-    settings, states = _read_optimizer(Path(folder), optimizer.param_groups, names)
+    settings, states = _read_optimizer(Path(folder), optimizer, names)
     optimizer.state.clear()
     for group, own, saved in zip(optimizer.param_groups, names, settings):
         _restore_settings(group, saved)
         for name, parameter in zip(own, group["params"]):
             if states[name]:
-                optimizer.state[parameter] = _placed(None, states[name], group, parameter)
+                optimizer.state[parameter] = paged_again(optimizer, parameter, _placed(None, states[name], group, parameter))
 
 # %% ../nbs/00c3_checkpoint.ipynb #generators
 def _accelerator_states() -> dict[str, torch.Tensor]:

@@ -149,7 +149,7 @@ _FILE = click.Path(path_type=Path)
 
 _MODEL_OPTIONS = [
     click.option("--model", default="smollm2-135m", show_default=True, help="The base: smollm2-135m, a hub name, a folder, or a .gguf file."),
-    click.option("--method", type=click.Choice(["lora"]), default="lora", show_default=True, help="What is trained; so far lora only."),
+    click.option("--method", type=click.Choice(["lora", "qlora", "full"]), default="lora", show_default=True, help="Train an adapter, one on 4-bit weights, or every weight."),
     click.option("--adapter", type=_FILE, help="Go on training this adapter instead of a new one."),
     click.option("--any-base", is_flag=True, help="Take --adapter although its base has another name; it must still fit."),
     click.option("--rank", type=click.IntRange(1), default=16, show_default=True, help="Rank of the LoRA matrices."),
@@ -163,7 +163,7 @@ _MODEL_OPTIONS = [
 _TRAINING_OPTIONS = [
     click.option("--steps", type=click.IntRange(1), help="Optimizer steps; wins over --epochs."),
     click.option("--epochs", type=click.FloatRange(0, min_open=True), help="Passes over the data.  [default: 1]"),
-    click.option("--lr", type=click.FloatRange(0, 10, min_open=True, max_open=True), help="Peak learning rate.  [default: 0.0002]"),
+    click.option("--lr", type=click.FloatRange(0, 10, min_open=True, max_open=True), help="Peak learning rate.  [default: 0.0002; full: 0.00002]"),
     click.option("--batch-size", type=click.IntRange(1), help="Rows of one micro-batch.  [default: 8]"),
     click.option("--max-length", type=click.IntRange(1), help="Tokens of a row; what is longer is cut, and said.  [default: 1024]"),
     click.option("--seed", type=click.IntRange(0, 2**32 - 1), default=42, show_default=True, help="Of the split, the adapter and the order."),
@@ -274,11 +274,12 @@ def _figures(history: list[dict]) -> list[tuple[str, str]]:
 
 # %% ../nbs/91_cli.ipynb #report-next
 def _next_steps(folder: Path, finished: bool, step: int) -> list[str]:
-    run, adapter = shlex.quote(str(folder)), folder / "adapter"
+    run, adapter, model = shlex.quote(str(folder)), folder / "adapter", folder / "model"
+    further = f"ftkit resume {run} --steps {2 * step}" if finished else f"ftkit resume {run}"
+    if model.exists(): return [f"AutoModelForCausalLM.from_pretrained({str(model)!r})  in plain transformers", f"{further}  goes on", f"ftkit export {run} --form gguf  for llama.cpp and Ollama"]
     if not adapter.exists(): return [f"ftkit resume {run}", f"ftkit resume {run} --lr 1e-4", "ftkit lab"]
     load = f"PeftModel.from_pretrained(base_model, {str(adapter)!r})"
-    further = f"ftkit resume {run} --steps {2 * step}" if finished else f"ftkit resume {run}"
-    return [f"{load}  in plain PEFT", f"{further}  goes on", f"ftkit train other.jsonl --adapter {shlex.quote(str(adapter))}  from here, other data"]
+    return [f"{load}  in plain PEFT", f"ftkit export {run} --form gguf  for llama.cpp and Ollama", f"{further}  goes on", f"ftkit train other.jsonl --adapter {shlex.quote(str(adapter))}  from here, other data"]
 
 # %% ../nbs/91_cli.ipynb #run-report
 def run_report(
@@ -286,11 +287,11 @@ def run_report(
 ) -> str:  # text for a terminal
     "What came out of a run, where it is, and what to try next."
     folder, history = Path(folder), read_journal(folder)
-    places = dict(run=folder, adapter=folder / "adapter", journal=folder / "journal.jsonl", rejected=folder / "rejected.jsonl", picture=folder / "losses.png")
+    places = dict(run=folder, adapter=folder / "adapter", model=folder / "model", journal=folder / "journal.jsonl", rejected=folder / "rejected.jsonl", picture=folder / "losses.png")
     rows = _figures(history) + [(name, str(path)) for name, path in places.items() if path.exists()]
     ends = _ending(history) or {}
     following = _next_steps(folder, ends.get("what") == "finished", ends.get("step") or 0)
-    rows += list(zip(("next", "", ""), following))
+    rows += zip(["next"] + [""] * len(following), following)
     return "\n".join(f"{name:<15}{value}" for name, value in rows)
 
 
@@ -317,19 +318,28 @@ def _load(settings: dict):
     "Base model, tokenizer, and what is to be trained on it."
     from ftkit.lora import add_lora, load_adapter
     from ftkit.models import load_model
-    model, tokenizer = load_model(settings["model"])
+    model, tokenizer = load_model(settings["model"], quantize="nf4" if settings["method"] == "qlora" else None)
+    if settings["method"] == "full": return _whole(model), tokenizer
     if settings["adapter"] is not None: return load_adapter(model, settings["adapter"], trainable=True, any_base=settings["any_base"]), tokenizer
     targets = settings["targets"]
     if targets not in ("attention", "all-linear"): targets = [name.strip() for name in targets.split(",") if name.strip()]
     names = ("rank", "alpha", "dropout", "variant", "seed")
     return add_lora(model, targets=targets, **{name: settings[name] for name in names}), tokenizer
 
+
+def _whole(model):
+    from ftkit.full import train_fully
+    return train_fully(model)
+
 # %% ../nbs/91_cli.ipynb #adapter-brings
 def _check_adapter(context):
-    "An adapter has a rank and the like already: asking for others would be ignored, so it is an error."
-    if context.params["adapter"] is None: return
+    "What would be ignored is an error: settings of an adapter where one is given, or none is made."
+    whole = context.params["method"] == "full"
+    if context.params["adapter"] is None and not whole: return
     typed = [f"--{name}" for name in ("rank", "alpha", "targets", "dropout", "variant") if context.get_parameter_source(name) == click.core.ParameterSource.COMMANDLINE]
-    if typed: raise click.UsageError(f"--adapter brings its own settings: leave out {', '.join(typed)}", context)
+    if whole and context.params["adapter"] is not None: typed.insert(0, "--adapter")
+    if typed: raise click.UsageError(f"{'--method full has no adapter' if whole else '--adapter brings its own settings'}: leave out {', '.join(typed)}", context)
+    if whole: return
     if not (context.params["adapter"] / "adapter_config.json").exists(): raise FtkitError(f"{context.params['adapter']} holds no adapter: it has no adapter_config.json")
 
 # %% ../nbs/91_cli.ipynb #train
@@ -399,6 +409,19 @@ def _resume(folder, lr, steps):
     from ftkit.train import Run
     options = {name: value for name, value in dict(learning_rate=lr, max_steps=steps).items() if value is not None}
     return _fit(Run.open(folder, **options))
+
+# %% ../nbs/91_cli.ipynb #export
+@main.command("export")
+@click.argument("folder", metavar="RUNFOLDER", type=_FILE)
+@click.option("--form", type=click.Choice(["safetensors", "adapter", "gguf"]), default="safetensors", show_default=True, help="Merged, the adapter alone, or for llama.cpp and Ollama.")
+@click.option("--numbers", type=click.Choice(["bf16", "f16", "f32", "q8_0", "q4_0"]), help="Format of the weights.  [default: bf16; gguf: f16]")
+@click.option("--out", type=_FILE, help="The folder to make.  [default: RUNFOLDER/export-FORM]")
+def _export(folder, form, numbers, out):
+    "Write what was trained for use elsewhere, and verify that the tuning is in it.\n\nRUNFOLDER is that of a run, an adapter or a model."
+    if not folder.is_dir(): raise FtkitError(f"there is no folder {folder}")
+    out = out or folder / "-".join(["export", form, *([numbers] if numbers else [])])
+    from ftkit.export import export
+    click.echo(f"{export(folder, out, form, numbers)}\n\nwritten to {out}")
 
 # %% ../nbs/91_cli.ipynb #steer
 @main.command("steer", epilog="\b\n" + "\n".join(f"{name:<12}{meaning}" for name, meaning in ACTIONS.items()))

@@ -143,22 +143,26 @@ def _put_on_all(model, places: dict[str, Path]):
     return model.requires_grad_(False)
 
 # %% ../nbs/03_inference.ipynb #tokenizer-of
-def _tokenizer_of(places: dict[str, Path], tokenizer):
+def _read_tokenizer(place: Path):
+    "The tokenizer that belongs to these weights; None if none was saved."
     from transformers import AutoTokenizer
 
-    templates = {facts["template_sha256"] for place in places.values() if (facts := _training_facts(place)).get("template_sha256")}
-    if len(templates) > 1:
-        logging.getLogger("ftkit").warning("the adapters were trained with different chat templates; that of the first is used")
-    place = next(iter(places.values()))
-    if not (place / "tokenizer_config.json").is_file():
-        return tokenizer
+    folder = next((one for one in (place, place.parent / "tokenizer") if (one / "tokenizer_config.json").is_file()), None)
+    if folder is None:
+        return None
     try:
         with _quiet():
-            own = AutoTokenizer.from_pretrained(str(place))
+            tokenizer = AutoTokenizer.from_pretrained(str(folder))
     except (OSError, ValueError, KeyError) as error:
-        raise FtkitError(f"{place}: its tokenizer cannot be read: {printable(error)[:200]}") from None
-    own.pad_token = own.pad_token or own.eos_token
-    return own
+        raise FtkitError(f"{folder}: its tokenizer cannot be read: {printable(error)[:200]}") from None
+    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
+    return tokenizer
+
+# %% ../nbs/03_inference.ipynb #warn-templates
+def _warn_templates(places: dict[str, Path]):
+    found = {facts["template_sha256"] for place in places.values() if (facts := _training_facts(place)).get("template_sha256")}
+    if len(found) > 1:
+        logging.getLogger("ftkit").warning("these adapters were trained with different chat templates; the tokenizer is the first's")
 
 # %% ../nbs/03_inference.ipynb #load-tuned
 def load_tuned(
@@ -172,11 +176,15 @@ def load_tuned(
     whole = next((place for place in places.values() if not _is_adapter(place)), None)
     if whole and (len(places) > 1 or base is not None):
         raise FtkitError(f"{whole} holds a whole model, not an adapter: load it alone, without base=")
-    if whole:
-        return load_model(whole, **options)
-    model, tokenizer = _load_base(places, base, options)
-    _check_base(model, places, any_base)
-    return _put_on_all(model, places).eval(), _tokenizer_of(places, tokenizer)
+    own = _read_tokenizer(next(iter(places.values())))
+    if whole and own is None:
+        raise FtkitError(f"{whole} holds a model without a tokenizer: save one there, tokenizer.save_pretrained(folder)")
+    model, tokenizer = load_model(whole, **options) if whole else _load_base(places, base, options)
+    if not whole:
+        _check_base(model, places, any_base)
+        model = _put_on_all(model, places)
+    _warn_templates(places)
+    return model.eval(), own or tokenizer
 
 # %% ../nbs/03_inference.ipynb #show
 def show(
@@ -261,7 +269,7 @@ class Comparison:
         return "; ".join(counts) or f"answers of {printable(first)}"
 
 # %% ../nbs/03_inference.ipynb #table-html
-COMPARE_STYLE = "<style>.ftk-table mark{color:inherit;background:rgba(230,159,0,.25);text-decoration:underline 2px #e69f00;text-underline-offset:3px;border-radius:2px}.ftk-wide{max-width:none;overflow-x:auto}</style>"
+COMPARE_STYLE = "<style>.ftk-wide mark{color:inherit;background:rgba(230,159,0,.25);text-decoration:underline 2px #e69f00;text-underline-offset:3px;border-radius:2px}.ftk-wide{max-width:none;overflow-x:auto}</style>"
 
 
 def _cell_html(pieces) -> str:
@@ -284,7 +292,7 @@ def to_html(
     title: str = "Answers compared",  # of the page
 ) -> str:  # a whole page, without scripts
     "The table as a page that follows the reader's light or dark setting; `Path('page.html').write_text(...)` keeps it."
-    style = "<style>body{font-family:system-ui,sans-serif;margin:2em auto;padding:0 1em;max-width:1200px}</style>"
+    style = "<style>:root{--jp-ui-font-color2:light-dark(#5f5f5f,#a8a8a8)}body{font-family:system-ui,sans-serif;margin:2em auto;padding:0 1em;max-width:1200px}</style>"
     head = f'<meta charset="utf-8"><meta name="color-scheme" content="light dark"><title>{html.escape(title)}</title>{style}'
     return f'<!doctype html>\n<html lang="en"><head>{head}</head><body><h1>{html.escape(title)}</h1>{self._repr_html_()}</body></html>\n'
 
@@ -446,7 +454,7 @@ def _press(self: Chat, name: str, text: str, icon: str, hint: str, do) -> widget
 # %% ../nbs/03_inference.ipynb #chat-settings-all
 @patch
 def _make_settings(self: Chat, system: str, temperature: float, max_new_tokens: int) -> widgets.VBox:
-    number = lambda name, kind, value, text, hint, **more: self._part(name, kind, "190px", value=value, description=text, tooltip=hint, style=dict(description_width="initial"), **more)
+    number = lambda name, kind, value, text, hint, **more: self._part(name, kind, "172px", value=value, description=text, tooltip=hint, style=dict(description_width="initial"), **more)
     prompt = self._part("chat-system", widgets.Textarea, "min(100%, 560px)", value=system, rows=2, placeholder="system prompt; empty: the template's own", tooltip="system prompt")
     parts = [number("chat-temperature", widgets.BoundedFloatText, temperature, "Temperature", "0: always the likeliest token", min=0, max=10, step=0.1),
              number("chat-top-p", widgets.BoundedFloatText, 1.0, "Top p", "draw from the likeliest tokens that together have this share", min=0.01, max=1, step=0.05),

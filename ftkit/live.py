@@ -654,7 +654,7 @@ def _make_samples(self: Panel):
 @patch
 def _earlier(self: Panel) -> list[tuple]:
     "Models that can be compared with. A full fine-tune keeps no base but the checkpoint of step 0."
-    base = [("the base", "base")] if self.config.get("method") == "lora" else []
+    base = [("the base", "base")] if self.config.get("method") != "full" else []
     return base + [(f"step {step}", step) for step in self.view.rewindable()]
 
 # %% ../nbs/04_live.ipynb #ask-sample

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['OTHER_WAYS', 'CHECKPOINT_BUDGET', 'RING_COUNT', 'RING_BYTES', 'RING_SHARE', 'SNAPSHOT_COUNT', 'SNAPSHOT_BUDGET',
            'TIMES', 'PACKAGES', 'length_grouped_order', 'held_out_loss', 'activation_bytes', 'default_options',
-           'Trainer', 'save_weights', 'load_weights', 'Run', 'weights_hash']
+           'named_weights', 'Trainer', 'save_weights', 'load_weights', 'Run', 'weights_hash']
 
 # %% ../nbs/00c_train.ipynb #exported-imports
 import atexit
@@ -17,6 +17,7 @@ import json
 import logging
 import math
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -40,13 +41,13 @@ from transformers import TrainerCallback
 from transformers.trainer_callback import ExportableState, PrinterCallback
 from trl import SFTConfig, SFTTrainer
 
-from .checkpoint import checkpoints, load_optimizer, load_rng, newest_checkpoint, remove_folder, rng_state, save_optimizer, save_rng, set_rng_state, sweep_temporary, verify_folder, write_folder
+from .checkpoint import checkpoints, load_optimizer, load_rng, newest_checkpoint, paged_again, remove_folder, rng_state, save_optimizer, save_rng, set_rng_state, sweep_temporary, verify_folder, write_folder
 from .control import Control, Journal, RemoteControl, read_journal
-from .core import cache_dir, write_atomic
+from .core import cache_dir, pick_dtype, require, write_atomic
 from .data import FtkitError, collate, encode_data, encode_prompt, fingerprint, load_records, printable
 from .lens import lens
 from .loss import LossPlan, compile_layers, loss_plan, loss_sum, trained_tokens, uncompile_layers
-from .models import _base, base_fingerprint, base_name, generate, load_model
+from .models import _base, base_fingerprint, base_name, generate, load_model, quantization
 from .preflight import FINDINGS, preflight
 from .report import write_model_card
 
@@ -121,16 +122,25 @@ def _free_memory(device: torch.device) -> int:
     import psutil
     return psutil.virtual_memory().available
 
+# %% ../nbs/00c_train.ipynb #arithmetic
+def _arithmetic(model) -> torch.dtype:
+    "The format of the matrix products: that of the weights, or the fastest for weights that were cast to float32 to be trained."
+    weight = next(p for p in model.parameters() if p.is_floating_point())
+    loaded = str(getattr(getattr(model, "config", None), "dtype", "")).removeprefix("torch.")
+    is_cast = weight.dtype == torch.float32 and loaded in ("bfloat16", "float16") and not hasattr(model, "peft_config")
+    return pick_dtype(weight.device)[0] if is_cast else weight.dtype
+
 # %% ../nbs/00c_train.ipynb #default-options
 def default_options(
     model: torch.nn.Module,  # its dtype and device decide about precision
 ) -> dict:  # keyword arguments for `SFTConfig`
     "What ftkit sets differently from `SFTConfig`; any option given to `Run` wins over these."
-    weight = next(p for p in model.parameters() if p.is_floating_point())
+    weight, arithmetic = next(p for p in model.parameters() if p.is_floating_point()), _arithmetic(model)
     return dict(
-        per_device_train_batch_size=8, num_train_epochs=1, learning_rate=2e-4, warmup_steps=0.05, weight_decay=0.0, max_length=1024,
+        per_device_train_batch_size=8, num_train_epochs=1, warmup_steps=0.05, weight_decay=0.0, max_length=1024,
+        learning_rate=2e-4 if hasattr(model, "peft_config") else 2e-5,  # a whole model bears a tenth of an adapter's
         gradient_checkpointing=False,  # `Run` turns it on where memory demands it
-        bf16=weight.dtype == torch.bfloat16, fp16=weight.dtype == torch.float16,  # as the base was measured fastest
+        bf16=arithmetic == torch.bfloat16, fp16=arithmetic == torch.float16,  # as the base was measured fastest
         optim="adamw_torch_fused", train_sampling_strategy="group_by_length",
         logging_steps=1, logging_nan_inf_filter=False,  # a NaN must be seen
         save_steps=0.1, eval_steps=0.25, eval_on_start=True,
@@ -157,8 +167,9 @@ def _without_bars():
 # %% ../nbs/00c_train.ipynb #repeatable
 def _repeatable(model, options: dict) -> dict:
     "The options with ftkit's own values filled in, less those that belong to the machine: what config.yaml keeps."
-    own = {k: v for k, v in default_options(model).items() if k not in ("bf16", "fp16", "use_cpu", "dataloader_pin_memory", "gradient_checkpointing")}
-    return {**own, **options}
+    weight = next(p for p in model.parameters() if p.is_floating_point())
+    of_the_machine = {"bf16", "fp16", "use_cpu", "dataloader_pin_memory", "gradient_checkpointing"} - (set() if _arithmetic(model) == weight.dtype else {"bf16", "fp16"})
+    return _settle_conflicts({**{k: v for k, v in default_options(model).items() if k not in of_the_machine}, **options}, options)
 
 # %% ../nbs/00c_train.ipynb #settle-conflicts
 def _settle_conflicts(options: dict, given: dict) -> dict:
@@ -175,6 +186,14 @@ OTHER_WAYS = dict(
     pad_to_multiple_of=(None, "rows are padded to the longest of their batch"), torch_compile=(False, "give compile=True"),
     save_only_model=(False, "a checkpoint always holds what a resume needs"), resume_from_checkpoint=(None, "use Run.open(folder)"),
 )
+
+# %% ../nbs/00c_train.ipynb #check-optimizer
+def _check_optimizer(options: dict, device: torch.device) -> str | None:
+    "What to say about the optimizer; raises where it needs a package that is missing."
+    name = str(getattr(options["optim"], "value", options["optim"]))
+    if name == "adamw_torch_8bit" or not any(word in name for word in ("8bit", "paged", "bnb", "ademamix")) or name.startswith("galore"): return
+    require("bitsandbytes", "qlora")
+    if "paged" in name and device.type == "cpu": return f"optim={name}: there is nothing to page on a CPU; its moments stay in memory, otherwise the same"
 
 # %% ../nbs/00c_train.ipynb #beside-training
 _resetting = threading.Lock()
@@ -195,6 +214,7 @@ def _beside_training(own):
 
 # %% ../nbs/00c_train.ipynb #sft-config
 def _sft_config(model, folder, has_held_out: bool, options: dict, own=None) -> SFTConfig:
+    options = {name: value for name, value in options.items() if name != "rate_factors"}
     options = _settle_conflicts({**default_options(model), **options}, options)
     if not has_held_out: options["eval_strategy"] = "no"
     if options.setdefault("eval_strategy", "steps") == "no": options["eval_on_start"] = False
@@ -207,6 +227,68 @@ def _sft_config(model, folder, has_held_out: bool, options: dict, own=None) -> S
         try: return SFTConfig(output_dir=str(folder), dataset_kwargs={"skip_prepare_dataset": True}, remove_unused_columns=False, **options)
         except (ValueError, TypeError) as error: raise FtkitError(f"the options do not go together: {' '.join(str(error).split())}") from error
 
+# %% ../nbs/00c_train.ipynb #named-weights
+_KINDS = {
+    "embeddings": lambda module, name, head: isinstance(module, torch.nn.Embedding),
+    "head": lambda module, name, head: module is head,
+    "norms": lambda module, name, head: "norm" in type(module).__name__.lower(),
+    "biases": lambda module, name, head: name == "bias",
+}
+
+
+def _of_kind(model, kind: str) -> set[torch.nn.Parameter]:
+    head = _base(model).get_output_embeddings()
+    return {p for module in model.modules() for name, p in module.named_parameters(recurse=False) if _KINDS[kind](module, name, head)}
+
+# %% ../nbs/00c_train.ipynb #named-weights-public
+def named_weights(
+    model: torch.nn.Module,  # a causal language model, bare or under PEFT
+    part: str,  # "embeddings", "head", "norms", "biases", or whole parts of names between dots: "layers.3", "mlp", "q_proj"
+) -> list[str]:  # names of parameters, in the model's order; a tied one once
+    "The weights that a word means. One that means none raises `FtkitError` with those that there are."
+    members = _of_kind(model, part) if part in _KINDS else ()
+    found = [name for name, p in model.named_parameters() if p in members or part and part not in _KINDS and f".{part}." in f".{name}."]
+    if found: return found
+    names = [name.rpartition(".")[0] for name, _ in model.named_parameters()]
+    parts = dict.fromkeys(word for name in names for word in name.split(".") if not word.isdigit())
+    numbers = {re.sub(r"\.\d+$", "", head): head for name in names for head in re.findall(r"^(?:[^\d.]+\.)*\d+", name)}
+    raise FtkitError(f"no weight of this model is named {part!r}: there are {', '.join(_KINDS)}, {', '.join(parts)}" + (f", and numbered parts up to {', '.join(numbers.values())}" if numbers else ""))
+
+# %% ../nbs/00c_train.ipynb #rate-factors
+def _factor_of(model, factors: dict[str, float]) -> dict[torch.nn.Parameter, float]:
+    "The factor of each trained weight that has one."
+    if not isinstance(factors, dict): raise FtkitError(f"rate_factors is {factors!r}: it is a dict of parts and factors, such as {{'embeddings': 0.1}}")
+    weights, found, owner = dict(model.named_parameters()), {}, {}
+    for part, factor in factors.items():
+        if not isinstance(factor, (int, float)) or isinstance(factor, bool) or not 0 < factor < math.inf: raise FtkitError(f"rate_factors[{part!r}] is {factor!r}: a factor of the learning rate is a number above 0; to leave a part as it is, freeze it")
+        trained = [name for name in named_weights(model, part) if weights[name].requires_grad]
+        if not trained: raise FtkitError(f"rate_factors names {part!r}, of which nothing is trained")
+        for name in trained:
+            if name in owner: raise FtkitError(f"rate_factors gives {name} two factors, by {owner[name]!r} and by {part!r}: name parts that do not overlap")
+            owner[name], found[weights[name]] = part, float(factor)
+    return found
+
+# %% ../nbs/00c_train.ipynb #split-groups
+def _split_groups(optimizer: torch.optim.Optimizer, factor_of: dict):
+    "Split each group of a new optimizer by factor, the plain ones first."
+    parts = [(factor, group, [p for p in group["params"] if factor_of.get(p, 1.0) == factor]) for factor in {1.0: 1, **dict.fromkeys(factor_of.values())} for group in optimizer.param_groups]
+    optimizer.param_groups = [{**group, "params": own, "lr": group["lr"] * factor, "rate_factor": factor} for factor, group, own in parts if own]
+
+
+def _factor(group: dict) -> float: return group.get("rate_factor", 1.0)
+
+
+def _plain_rate(groups: list[dict]) -> float: return groups[0]["lr"] / _factor(groups[0])
+
+# %% ../nbs/00c_train.ipynb #tensors-kept
+@contextlib.contextmanager
+def _tensors_kept(model):
+    "Whatever the block puts in place of the trained tensors, the old ones come back."
+    before = [(p, p.data) for p in _trained(model)]
+    try: yield
+    finally:
+        for parameter, tensor in before: parameter.data = tensor
+
 # %% ../nbs/00c_train.ipynb #trainer-class
 class Trainer(SFTTrainer):
     "TRL's `SFTTrainer` with ftkit's loss, row order, evaluation and checkpoints; made by `Run`, which is `self.run`."
@@ -218,7 +300,7 @@ class Trainer(SFTTrainer):
         **kwargs,  # of `SFTTrainer`
     ):
         self.run, self.plan = run, plan
-        super().__init__(**kwargs)
+        with _tensors_kept(kwargs["model"]): super().__init__(**kwargs)
         self.model_accepts_loss_kwargs = self._loss_shifts_labels = True  # count the trained tokens of the whole step
         self.remove_callback(PrinterCallback)
         self.trl_loss = self.args.loss_type != "nll" or self.args.label_smoothing_factor > 0 or self.aux_loss_enabled
@@ -289,6 +371,18 @@ def _get_train_sampler(self: Trainer, train_dataset=None):
     rows = self.args.train_batch_size * self.args.gradient_accumulation_steps
     seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
     return _LengthGrouped((train_dataset or self.train_dataset)["length"], rows, seed)
+
+# %% ../nbs/00c_train.ipynb #create-optimizer
+@patch
+def create_optimizer(
+    self: Trainer,
+    *args,  # as in Hugging Face's trainer
+) -> torch.optim.Optimizer:
+    "Hugging Face's own, its groups split by the run's `rate_factors`."
+    is_new, factors = self.optimizer is None, self.run.options.get("rate_factors")
+    optimizer = super(Trainer, self).create_optimizer(*args)
+    if is_new and factors: _split_groups(optimizer, _factor_of(self.model, factors))
+    return optimizer
 
 # %% ../nbs/00c_train.ipynb #trainer-evaluate
 @patch
@@ -377,7 +471,10 @@ def save_weights(
     "Write what was trained, as its own library does: PEFT's adapter files, or transformers' model files; safetensors."
     with _without_bars():
         if hasattr(model, "peft_config"): model.save_pretrained(folder, save_embedding_layers=False)
-        else: model.save_pretrained(folder)
+        else:
+            loaded = model.config.dtype
+            model.save_pretrained(folder)
+            model.config.dtype = loaded  # what saving sets it to stands in the file only
     (folder / "README.md").unlink(missing_ok=True)  # PEFT's empty model card
 
 # %% ../nbs/00c_train.ipynb #load-weights
@@ -444,8 +541,8 @@ def _load_scaler(self: Trainer, checkpoint):
 def _start_from_rate(self: Trainer, rate: float, old: float):
     scheduler, optimizer = self.lr_scheduler, _bare(self.optimizer)
     if not hasattr(scheduler, "lr_lambdas"): raise FtkitError(f"a learning rate at resume cannot win over {type(scheduler).__name__}; set it by hand while the run is going on (lr=...)")
-    scheduler.base_lrs = [rate] * len(optimizer.param_groups)
-    for group in optimizer.param_groups: group["initial_lr"] = rate
+    scheduler.base_lrs = [rate * _factor(group) for group in optimizer.param_groups]
+    for group, base in zip(optimizer.param_groups, scheduler.base_lrs): group["initial_lr"] = base
     self.run.held_learning_rate = None
     self.run.say(f"learning rate {rate:g}, given at resume, wins over the saved schedule's {old:g}; the schedule keeps its shape")
     self.run.journal.write("learning_rate_at_resume", step=self.state.global_step, tokens=self.run.tokens, old=old, new=rate)
@@ -484,7 +581,7 @@ def _restore(self: Trainer, snapshot: dict):
         for parameter, saved in zip(_trained(self.model), snapshot["weights"]): parameter.copy_(saved)
     for parameter, moments in zip(_optimized(optimizer), snapshot["moments"]):
         optimizer.state.pop(parameter, None)
-        if moments: optimizer.state[parameter] = copy.deepcopy(moments)
+        if moments: optimizer.state[parameter] = paged_again(optimizer, parameter, copy.deepcopy(moments))
     for group, saved in zip(optimizer.param_groups, snapshot["groups"]): group.update(saved)
     self.lr_scheduler.load_state_dict(copy.deepcopy(snapshot["schedule"]))
     if snapshot["scaler"]: self.accelerator.scaler.load_state_dict(snapshot["scaler"])
@@ -578,9 +675,9 @@ class _Edges(TrainerCallback):
         self.run._marked = None
         held, groups = self.run.held_learning_rate, _bare(kwargs["optimizer"]).param_groups
         self._scheduled, self._entered = [group["lr"] for group in groups], time.perf_counter()
-        self.run.scheduled_learning_rate = groups[0]["lr"]
-        for group in groups if held is not None else (): group["lr"] = held
-        self.run.learning_rate = groups[0]["lr"]
+        self.run.scheduled_learning_rate = _plain_rate(groups)
+        for group in groups if held is not None else (): group["lr"] = held * _factor(group)
+        self.run.learning_rate = _plain_rate(groups)
 
     def on_optimizer_step(self, args, state, control, **kwargs):
         for group, rate in zip(_bare(kwargs["optimizer"]).param_groups, self._scheduled): group["lr"] = rate
@@ -610,13 +707,14 @@ class Run:
         prompts: list[dict] | None = None,  # records to sample; None: the first three held-out records
         allow: tuple[str, ...] = (),  # pre-flight findings that must not stop the run
         compile: bool = False,  # compile the decoder layers: worth it for long runs only
+        rate_factors: dict[str, float] | None = None,  # parts of the model (see `named_weights`) and the factor of the learning rate for each
         callbacks: tuple = (),  # Hugging Face `TrainerCallback`s
         facts: dict | None = None,  # more for config.yaml, such as the file that the data came from
         quiet: bool = False,  # print nothing
         **options,  # of `trl.SFTConfig`, by their own names
     ):
         prompts = _first_records(held_out) if prompts is None else list(prompts)
-        options = _repeatable(model, options)
+        options = _repeatable(model, options | ({} if rate_factors is None else {"rate_factors": rate_factors}))
         limit = options["max_length"]
         data, held_out = _encoded(data, tokenizer, limit), None if held_out is None else _encoded(held_out, tokenizer, limit)
         self._take_in(model, tokenizer, data, held_out, prompts, allow, compile, callbacks, quiet, options)
@@ -641,12 +739,16 @@ def _take_in(self: Run, model, tokenizer, data, held_out, prompts, allow, compil
     self.model, self.tokenizer, self.data, self.held_out, self.prompts = model, tokenizer, data, held_out, prompts
     self.allow = (allow,) if isinstance(allow, str) else tuple(allow)
     self.compile, self.callbacks, self.quiet, self.options = compile, list(callbacks), quiet, options
-    if model is None or not any(p.requires_grad for p in model.parameters()): raise FtkitError("nothing to train: no weight of this model requires a gradient; call ftkit.lora.add_lora first")
+    if model is None or not any(p.requires_grad for p in model.parameters()): raise FtkitError("nothing to train: no weight of this model requires a gradient; call ftkit.lora.add_lora or ftkit.full.train_fully first")
     if int(os.environ.get("WORLD_SIZE", 1)) > 1: raise FtkitError("Run trains in one process on one device; start it without torchrun or accelerate launch")
     _check_trainable(model)
+    _factor_of(model, options.get("rate_factors") or {})
+    if (trap := _rounding_trap(model)): self.say(trap)
     _sft_config(model, "unused", held_out is not None, options), _yaml(options)
+    note = _check_optimizer(options, next(model.parameters()).device)
     for record in prompts: encode_prompt(record, tokenizer)
     self._preflight()
+    if note: self.say(note)
     with _undisturbed(model): self.plan = loss_plan(model)
     if options.get("neftune_noise_alpha"): self.plan = self.plan.without_prefix("NEFTune draws noise for each row")
 
@@ -654,7 +756,9 @@ def _take_in(self: Run, model, tokenizer, data, held_out, prompts, allow, compil
 def _check_trainable(model):
     trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     if any(p.dtype == torch.float16 for _, p in trained): raise FtkitError("float16 weights cannot be trained themselves: load the model in float32 or bfloat16, or train an adapter")
-    if not hasattr(model, "peft_config"): return
+    if not hasattr(model, "peft_config"):
+        if quantization(model): raise FtkitError(f"{quantization(model)} weights cannot be trained themselves: put an adapter on the model (ftkit.lora.add_lora), or load it unquantized")
+        return
     import peft
     if not isinstance(model, peft.PeftModel): raise FtkitError("this model has an adapter inside: give Run the PeftModel around it")
     if list(model.peft_config) != ["default"] or model.active_peft_config.is_prompt_learning:
@@ -662,6 +766,11 @@ def _check_trainable(model):
     kept = {tensor.data_ptr() for tensor in peft.get_peft_model_state_dict(model, save_embedding_layers=False).values()}
     lost = [name for name, p in trained if p.data_ptr() not in kept]
     if lost: raise FtkitError(f"{lost[0]} is set to be trained, but PEFT would not save it: name its module in modules_to_save")
+
+# %% ../nbs/00c_train.ipynb #rounding-trap
+def _rounding_trap(model) -> str | None:
+    if hasattr(model, "peft_config") or not any(p.dtype == torch.bfloat16 for p in _trained(model)): return None
+    return "weights are trained in bfloat16, where small steps are rounded away: ftkit.full.train_fully(model) trains them in float32"
 
 # %% ../nbs/00c_train.ipynb #attach
 TIMES = ("data", "forward", "backward", "optimizer", "own", "asked")  # asked: evaluations, samples, checkpoints
@@ -678,7 +787,7 @@ def _attach(self: Run, folder: Path):
     self.seconds, self._began, self._counted, self._bar, self._last = 0.0, 0.0, (0, 0.0), None, {}
     self._ring, self._disk, self._rewind_to, self._script, self._answers, self._trouble = _Ring(), _Pace(), None, {}, {}, None
     self._thread = self._worker = self._error = self._marked = None  # worker: the thread that trains
-    self._begun, self._gate, self._model_lock, self._branching = threading.Event(), threading.Lock(), threading.Lock(), threading.Lock()
+    self._begun, self._gate, self._model_lock, self._branching = threading.Event(), threading.Lock(), _lock_of(self.model), threading.Lock()
     self._waits, self._fitting = False, False  # to begin paused; in `_train`
     self._spent, self._told, self._peak = dict.fromkeys((*TIMES, "paused"), 0.0), dict.fromkeys(TIMES, 0.0), 0
 
@@ -736,7 +845,7 @@ def _make_folder(root: str | Path, name: str) -> Path:
         raise FtkitError(f"cannot write the run's folder {root / name}: {error.strerror}; choose another root") from error
 
 # %% ../nbs/00c_train.ipynb #config-facts
-PACKAGES = "ftkit torch transformers peft trl datasets accelerate".split()
+PACKAGES = "ftkit torch transformers peft trl datasets accelerate bitsandbytes".split()
 
 
 def _versions() -> dict[str, str]:
@@ -752,8 +861,14 @@ def _base_fingerprint(model) -> str:
     digest = hashlib.sha256()
     for name, weight in sorted(model.named_parameters()):
         if weight.requires_grad or ".base_layer." in name: continue
-        digest.update(weight.detach().flatten()[:64].cpu().contiguous().view(torch.uint8).numpy().tobytes())
+        digest.update(weight.detach().as_subclass(torch.Tensor).flatten()[:64].cpu().contiguous().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
+
+
+def _count_of(weight) -> int:
+    "Numbers that a parameter stands for: two to a byte in four bits."
+    packed = getattr(weight, "quant_state", None)
+    return packed.shape.numel() if packed is not None else weight.numel()
 
 # %% ../nbs/00c_train.ipynb #data-facts
 def _data_facts(data) -> dict | None:
@@ -781,16 +896,32 @@ def _machine(device: torch.device) -> dict:
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
     return dict(device=str(device), name=name, threads=torch.get_num_threads(), system=platform.system())
 
+
+def _method(model) -> str:
+    return "full" if not hasattr(model, "peft_config") else "qlora" if quantization(model) else "lora"
+
+# %% ../nbs/00c_train.ipynb #frozen-parts
+def _frozen_parts(model) -> list[str] | None:
+    "The names of modules and weights under which everything is frozen, and that no such module holds; None under an adapter."
+    if hasattr(model, "peft_config"): return None
+    prefixes = lambda name: [name[:dot.start()] for dot in re.finditer(r"\.|$", name)]
+    kept = {prefix for name, p in model.named_parameters() if p.requires_grad for prefix in prefixes(name)}
+    return list(dict.fromkeys(next(prefix for prefix in prefixes(name) if prefix not in kept) for name, p in model.named_parameters() if not p.requires_grad))
+
+
+def _freeze_parts(model, parts: list[str]):
+    for name, p in model.named_parameters(): p.requires_grad_(not any(f"{name}.".startswith(f"{part}.") for part in parts))
+
 # %% ../nbs/00c_train.ipynb #config-write
 @patch
 def _write_config(self: Run, facts: dict):
     weights = list(self.model.parameters())
-    sizes = dict(parameters=sum(p.numel() for p in weights), trainable=sum(p.numel() for p in weights if p.requires_grad))
+    sizes = dict(parameters=sum(map(_count_of, weights)), trainable=sum(p.numel() for p in weights if p.requires_grad))
     weight = next(p for p in weights if p.is_floating_point())
     config = facts | dict(
         name=self.folder.name, created=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-        model=dict(name=base_name(self.model) or type(self.model).__name__, dtype=str(weight.dtype).removeprefix("torch."), device=str(weight.device), base_sha256=_base_fingerprint(self.model), **sizes),
-        method="lora" if hasattr(self.model, "peft_config") else "full", adapter=_adapter_facts(self.model), machine=_machine(weight.device),
+        model=dict(name=base_name(self.model) or type(self.model).__name__, dtype=str(weight.dtype).removeprefix("torch."), device=str(weight.device), quantize=quantization(self.model), base_sha256=_base_fingerprint(self.model), **sizes),
+        method=_method(self.model), adapter=_adapter_facts(self.model), frozen=_frozen_parts(self.model), machine=_machine(weight.device),
         data=_data_facts(self.data), held_out=_data_facts(self.held_out),
         options=self.options, compile=self.compile, allow=list(self.allow), loss=self.plan.reason, attention=self.plan.attention, versions=_versions(),
     )
@@ -841,7 +972,8 @@ def _too_big(self: Run) -> bool:
     weight = next(p for p in self.model.parameters() if p.is_floating_point())
     rows = self.options["per_device_train_batch_size"]
     need, free = activation_bytes(self.model.config, rows * max(self.data["length"]), weight.element_size()), _free_memory(weight.device)
-    if need > 0.8 * free: self.say(f"gradient checkpointing on: the longest batch needs about {need / 2**30:.1f} GiB, {free / 2**30:.1f} GiB are free")
+    free -= 3 * sum(p.nbytes for p in _trained(self.model))  # gradients and Adam's two moments come first
+    if need > 0.8 * free: self.say(f"gradient checkpointing on: the longest batch needs about {need / 2**30:.1f} GiB, {max(free, 0) / 2**30:.1f} GiB are free for it")
     return need > 0.8 * free
 
 # %% ../nbs/00c_train.ipynb #count-log
@@ -912,7 +1044,7 @@ def _log_evaluation(self: Run, loss: float):
 @contextlib.contextmanager
 def _as_of(self: Run, at: str | int):
     "The model as of now, as the base, or as of a step."
-    if at == "base" and not hasattr(self.model, "disable_adapter"): raise FtkitError("the whole model is trained, so its base is not kept; ask the model of step 0")
+    if at == "base" and not hasattr(self.model, "disable_adapter"): at = self._base_step()
     if at in ("now", "base"):
         with self.model.disable_adapter() if at == "base" else contextlib.nullcontext(): yield
         return
@@ -923,6 +1055,12 @@ def _as_of(self: Run, at: str | int):
     finally:
         with torch.no_grad():
             for parameter, mine in zip(_trained(self.model), weights): parameter.copy_(mine)
+
+# %% ../nbs/00c_train.ipynb #base-step
+@patch
+def _base_step(self: Run) -> int:
+    if self._on_disk(0) is None: raise FtkitError("the whole model is trained and its first checkpoint is not here (a branch keeps none of step 0, nor does save_strategy='no'), so its base cannot be asked")
+    return 0
 
 # %% ../nbs/00c_train.ipynb #put-in
 @patch
@@ -950,6 +1088,11 @@ def _check_kept(self: Run, step: int):
 
 # %% ../nbs/00c_train.ipynb #holders
 _holders = weakref.WeakKeyDictionary()  # model: reference to the run whose weights it has
+_model_locks, _making_lock = weakref.WeakKeyDictionary(), threading.Lock()  # model: held by whoever works with its weights
+
+
+def _lock_of(model) -> threading.Lock:
+    with _making_lock: return _model_locks.setdefault(_base(model), threading.Lock())
 
 
 def _holder_of(model) -> "Run | None": return _holders.get(_base(model), lambda: None)()
@@ -978,7 +1121,7 @@ def _undisturbed(model):
         yield
         return
     if other.state != "paused": raise FtkitError(f"this model is being trained by {other.folder}: pause or stop that run first, or load the model once more")
-    with other._model_lock: yield
+    with _lock_of(model): yield
 
 # %% ../nbs/00c_train.ipynb #at-rest
 @patch
@@ -989,6 +1132,7 @@ def _at_rest(self: Run):
         yield
         return
     self._check_paused()
+    self._check_model()
     with self._model_lock:
         self._check_paused()
         self._check_model()
@@ -1564,6 +1708,7 @@ def branch(
 def _branch(self: Run, at, name, options: dict) -> "Run":
     self._check_model()
     _check_name(name := name or f"{self.folder.name}-branch")
+    _check_same_factors(self.options, options)
     _sft_config(self.model, "unused", self.held_out is not None, {**self.options, **options}), _yaml(options)
     if at is not None: self._check_kept(at)
     if self.is_training:
@@ -1606,21 +1751,29 @@ def open(
     config = _read_config(folder)
     checkpoint, reasons = newest_checkpoint(folder)
     if checkpoint is None: raise FtkitError(f"{folder} has no sound checkpoint to go on from" + (f": {reasons[0]}" if reasons else ""))
-    if model is None: model, _ = load_model(config["model"]["name"], dtype=getattr(torch, config["model"]["dtype"]))
     if tokenizer is None: tokenizer = transformers.AutoTokenizer.from_pretrained(folder / "tokenizer")
-    model = _with_adapter(model, checkpoint)
-    if _base_fingerprint(model) != config["model"]["base_sha256"]: raise FtkitError(f"{folder} was trained from {config['model']['name']}, whose weights are not those of the model given")
+    model = _model_of(folder, config, checkpoint, model, options)
     data, held_out, prompts = _read_data(folder, config)
     run = cls.__new__(cls)
     run._take_in(model, tokenizer, data, held_out, prompts, config["allow"], config["compile"], callbacks, quiet, {**config["options"], **options})
     run._keep_attention(config)
     run._attach(folder)
     run._check_model()
-    load_weights(model, checkpoint)
-    run._hold_model()
+    with run._model_lock:
+        load_weights(model, checkpoint)
+        run._hold_model()
     run.step, run.origin = _step_of(checkpoint), config.get("parent", {}).get("step", 0)
     run._note_changes(config, options)
     return run
+
+# %% ../nbs/00c_train.ipynb #model-of
+def _model_of(folder: Path, config: dict, checkpoint: Path, model, options: dict):
+    facts = config["model"]
+    if model is None: model, _ = load_model(facts["name"], dtype=getattr(torch, facts["dtype"]), quantize=facts.get("quantize"))
+    _check_quantized_alike(folder, config, model)
+    model = _as_begun(_with_adapter(model, checkpoint), config, options)
+    if config["method"] != "full" and _base_fingerprint(model) != facts["base_sha256"]: raise FtkitError(f"{folder} was trained from {facts['name']}, whose weights are not those of the model given")
+    return model
 
 # %% ../nbs/00c_train.ipynb #note-changes
 @patch
@@ -1645,6 +1798,11 @@ def _keep_attention(self: Run, config: dict):
     if grouped and base.config.get_text_config()._attn_implementation != "sdpa": return
     self.plan = replace(self.plan, attention=grouped, reason=config["loss"])
 
+# %% ../nbs/00c_train.ipynb #quantized-alike
+def _check_quantized_alike(folder: Path, config: dict, model):
+    then, now = config["model"].get("quantize"), quantization(model)
+    if then != now: raise FtkitError(f"{folder} was trained on {then or 'plain'} weights and the model given has {now or 'plain'} ones: load it with quantize={then!r}")
+
 # %% ../nbs/00c_train.ipynb #with-adapter
 def _with_adapter(model, checkpoint: Path):
     if not (checkpoint / "adapter_config.json").exists() or hasattr(model, "peft_config"): return model
@@ -1652,6 +1810,20 @@ def _with_adapter(model, checkpoint: Path):
     config = peft.PeftConfig.from_pretrained(checkpoint)
     config.inference_mode = False
     with _without_bars(): return peft.get_peft_model(model, config)
+
+# %% ../nbs/00c_train.ipynb #as-begun
+def _check_same_factors(before: dict, options: dict):
+    kept = before.get("rate_factors")
+    if options.get("rate_factors", kept) != kept: raise FtkitError(f"rate_factors cannot change during a run, whose optimizer is made from them: it began with {kept}")
+
+
+def _as_begun(model, config: dict, options: dict):
+    _check_same_factors(config["options"], options)
+    if config["method"] != "full" or config.get("frozen") is None: return model
+    dtype = getattr(torch, config["model"]["dtype"])
+    if model.dtype != dtype: model.to(dtype).config.dtype = dtype
+    _freeze_parts(model, config["frozen"])
+    return model
 
 # %% ../nbs/00c_train.ipynb #read-data
 def _read_data(folder: Path, config: dict):
@@ -1663,20 +1835,11 @@ def _read_data(folder: Path, config: dict):
     return data, held_out, [json.loads(line) for line in lines if line]
 
 # %% ../nbs/00c_train.ipynb #training-facts
-def _quantization(model) -> str | None:
-    "How the base is packed: \"nf4\", \"int8\", another method's name, or None."
-    config = getattr(_base(model).config, "quantization_config", None)
-    if config is None: return None
-    config = config if isinstance(config, dict) else config.to_dict()
-    if config.get("load_in_4bit"): return str(config.get("bnb_4bit_quant_type", "fp4"))
-    return "int8" if config.get("load_in_8bit") else str(config.get("quant_method"))
-
-
 @patch
 def _write_training(self: Run, folder: Path):
     config, template = _read_config(self.folder), json.dumps(self.tokenizer.chat_template)
     base = dict(name=config["model"]["name"], fingerprint=base_fingerprint(self.model) if hasattr(self.model, "peft_config") else None)
-    facts = dict(run=self.folder.name, base=base, method=config["method"], quantize=_quantization(self.model), data_sha256=config["data"]["sha256"],
+    facts = dict(run=self.folder.name, base=base, method=config["method"], quantize=quantization(self.model), data_sha256=config["data"]["sha256"],
                  template_sha256=hashlib.sha256(template.encode()).hexdigest(), step=self.step, versions=config["versions"])
     write_atomic(folder / "training.json", json.dumps(facts, indent=1))
 
@@ -1707,6 +1870,7 @@ def _card(self: Run) -> dict:
     config, held = _read_config(self.folder), [e["held_out_loss"] for e in self.history if e["what"] == "evaluate"]
     trained = {"rank": config["adapter"]["r"]} if "r" in (config["adapter"] or {}) else {}
     trained |= {"rows": len(self.data), "steps": self.step, "tokens": self.tokens, "learning rate": self.options["learning_rate"], "seed": self.options["seed"]}
+    if config["model"].get("quantize"): trained["base weights"] = config["model"]["quantize"]
     if held: trained |= {"held-out loss before": held[0], "held-out loss after": held[-1]}
     trained |= {f"{package} version": version for package, version in config["versions"].items() if package in ("ftkit", "peft", "torch")}
     return dict(base_model=config["model"]["name"], method=config["method"], data=Path(config.get("command", {}).get("data", "")).name or None, trained=trained)

@@ -477,6 +477,24 @@ def test_trunk_and_branches_can_all_be_trained_and_asked(tmp_path, whole, snapsh
     assert is_whole(trunk.start().wait(), whole)
 
 
+def test_a_branch_waits_while_its_trunk_is_asked(tmp_path, monkeypatch, snapshots_each_step):
+    trunk = new_run(tmp_path, {5: [("stop", None)]}).start().wait()
+    alone = weights_hash(trunk.branch(at=3, name="alone").fit().model)
+    twig, seen = trunk.branch(at=3), []
+    starting = threading.Thread(target=twig.start)
+
+    def slow(*args, **kwargs):
+        starting.start()
+        time.sleep(1.0)
+        seen.append([e for e in twig.history if e["what"] in ("start", "resume")])
+        return generate(*args, **kwargs)
+    monkeypatch.setattr(training, "generate", slow)
+    trunk.sample(at=2, max_new_tokens=4)  # the weights of step 2 are in the model that both share
+    monkeypatch.setattr(training, "generate", generate)
+    starting.join()
+    assert seen == [[]] and weights_hash(twig.wait().model) == alone
+
+
 @pytest.mark.parametrize("wrong", [dict(learning_rat=1), dict(name="../x"), dict(at=77), dict(packing=True), dict(warmup_steps=object())])
 def test_a_branch_that_cannot_be_is_refused_before_anything_happens(tmp_path, wrong):
     run = new_run(tmp_path).start(paused=True)

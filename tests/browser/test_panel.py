@@ -346,6 +346,25 @@ def test_stop_keeps_an_adapter_that_plain_peft_loads(notebook, run, pictures):
     assert not notebook.errors
 
 
+def test_branch_goes_on_in_a_run_of_its_own_and_both_are_drawn(notebook, run, pictures):
+    target, twig = 8, run.with_name("twig")
+    part(notebook, "rewind-step", "select").select_option(str(target))
+    part(notebook, "branch-lr", "input").fill("5e-5")
+    part(notebook, "branch-name", "input").fill("twig")
+    trained = steps(run)
+    part(notebook, "branch").click()
+    until(notebook, lambda: twig.is_dir() and steps(twig), "steps of the branch", 120)
+    assert steps(twig)[0] == target + 1 and events(twig, "step")[0]["learning_rate"] == pytest.approx(5e-5, rel=0.01)
+    until(notebook, lambda: "twig" in (part(notebook, "plot", "svg").get_attribute("aria-label") or ""), "the panel shows the branch")
+    drawn = lambda: part(notebook, "plot").inner_text()
+    until(notebook, lambda: "this run" in drawn() and "colors" in drawn(), "both curves with their names")
+    assert events(run, "branch")[-1]["into"] == "twig" and steps(run) == trained
+    notebook.picture(pictures / "panel-branch.png", ".ftk-panel")
+    press(notebook, "stop", "stop: applied at step", twig, "stop")
+    until(notebook, lambda: (twig / "adapter" / "adapter_model.safetensors").exists(), "the branch's adapter")
+    assert not notebook.errors
+
+
 def test_without_a_browser_the_notebook_holds_a_picture(tmp_path):
     sources = [IMPORTS, HEADLESS, "run.wait()\nprint(run.state)"]
     headless = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(source) for source in sources])
