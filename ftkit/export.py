@@ -433,10 +433,12 @@ def _add_fact(writer, name: str, value) -> None:
 # %% ../nbs/08_export.ipynb #general-facts
 def _general_facts(card: dict, numbers: str) -> dict:
     "What the file says of itself."
-    facts = {"general.name": card.get("title") or f"{Path(str(card['base_model'])).name} tuned with ftkit", "general.file_type": NUMBERS[numbers][1], "general.quantization_version": 2}
+    base = str(card["base_model"])
+    base = Path(base).name if Path(base).is_dir() else base  # no path of this machine
+    facts = {"general.name": card.get("title") or f"{Path(base).name} tuned with ftkit", "general.file_type": NUMBERS[numbers][1], "general.quantization_version": 2}
     if card.get("license"):
         facts["general.license"] = str(card["license"])
-    return facts | {"general.base_model.count": 1, "general.base_model.0.name": str(card["base_model"])}
+    return facts | {"general.base_model.count": 1, "general.base_model.0.name": base}
 
 # %% ../nbs/08_export.ipynb #write-gguf
 def _write_gguf(model, tokenizer, path: Path, numbers: str, general: dict) -> None:
