@@ -909,6 +909,8 @@ def _explain(name, error):
     text = " ".join(str(error).split())
     if "trust_remote_code" in text:
         return f"{name} runs Python code of its own: read it on the hub, and if you trust it pass trust_remote_code=True"
+    if "safetensors" in text and any(word in text for word in ("does not appear to have", "no file named", "not find")):
+        return f"{name} holds no safetensors: pickled weights can run code when they are opened, so they are not; convert them where you trust them, save_pretrained writes safetensors"
     if "gated" in text.lower() or "401" in text or "403" in text:
         why = "it does not exist there, or needs a login: check the spelling, or run `hf auth login`"
     elif Path(name).exists():
@@ -1019,10 +1021,11 @@ def load_model(
     place, options = _locate(str(name))
     dtype = _dtype_for(device) if dtype is None else dtype
     options |= {"trust_remote_code": trust_remote_code, "local_files_only": not (Path(place).exists() or _hub_reachable())}
+    weights = {} if "gguf_file" in options else {"use_safetensors": True}  # a pickle may run code: not opened, on the hub neither
     with _explained(str(name)):
         quantizer = _quantizer(place, options, quantize, dtype, device)
         tokenizer = AutoTokenizer.from_pretrained(place, **options)
-        model = AutoModelForCausalLM.from_pretrained(place, dtype=dtype, **options, **quantizer)
+        model = AutoModelForCausalLM.from_pretrained(place, dtype=dtype, **options, **quantizer, **weights)
     if options.get("gguf_file"):
         _unpack(model)
     if tokenizer.pad_token is None:

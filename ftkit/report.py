@@ -121,7 +121,7 @@ def _sections(facts: dict) -> list[str]:
 # %% ../nbs/00c5_report.ipynb #write-model-card
 def write_model_card(
     folder: str | Path,  # of the adapter or model; it exists
-    facts: dict,  # base_model; and if known method ("lora" or "full"), license, title, data (text), trained, settings, certificate ({what: value}), scores ({who: {metric: value}}), note (text), form ("adapter", "safetensors", "gguf"), file (of GGUF), picture (file beside the card)
+    facts: dict,  # base_model; and if known method ("lora", "qlora" or "full"), license, title, data (text), trained, settings, certificate ({what: value}), scores ({who: {metric: value}}), note (text), form ("adapter", "safetensors", "gguf"), file (of GGUF), picture (file beside the card)
 ) -> Path:  # the README.md
     "Write the model card, replacing one that is there. Facts are untrusted text; an unknown fact raises `FtkitError`."
     unknown = [name for name in facts if name not in CARD_FACTS]

@@ -1809,7 +1809,10 @@ def _with_adapter(model, checkpoint: Path):
     import peft
     config = peft.PeftConfig.from_pretrained(checkpoint)
     config.inference_mode = False
-    with _without_bars(): return peft.get_peft_model(model, config)
+    name = config.base_model_name_or_path
+    with _without_bars(): adapted = peft.get_peft_model(model, config)
+    config.base_model_name_or_path = name  # PEFT has put this machine's folder there
+    return adapted
 
 # %% ../nbs/00c_train.ipynb #as-begun
 def _check_same_factors(before: dict, options: dict):
