@@ -32,6 +32,7 @@ from .data import ALPACA_TEMPLATE, FtkitError, _render, _render_options, end_of_
 from .inference import _training_facts, _tuned_folder, load_tuned, merge
 from .lora import load_adapter
 from .models import _NAMES, _answering, _base, _check_weights, _quiet, _read_gguf, load_model
+from .qlora import dequantize
 from .report import plot_losses, write_model_card
 from .train import Run, _encoded, _free_memory, _is_named, _read_config, save_weights
 
@@ -211,12 +212,12 @@ def _find_source(what, held_out=None) -> _Source:
 
 # %% ../nbs/08_export.ipynb #exact
 def _exact(model):
-    "A copy in float32, or the model itself where it is quantized or too big to copy."
+    "A copy in float32, of 4- and 8-bit weights with the values that they stand for; the model itself where it is too big to copy."
     weights = list(model.parameters())
-    quantized = not all(p.is_floating_point() for p in weights)
-    if quantized or 8 * sum(p.numel() for p in weights) > _free_memory(weights[0].device):
+    if 8 * sum(p.numel() * (1 if p.is_floating_point() else 2) for p in weights) > _free_memory(weights[0].device):
         return model
-    return copy.deepcopy(model).float().eval()
+    packed = not all(p.is_floating_point() for p in weights)
+    return (dequantize(model, torch.float32) if packed else copy.deepcopy(model).float()).eval()
 
 # %% ../nbs/08_export.ipynb #merged
 def _merged(model):

@@ -62,7 +62,7 @@ class LlamaCpp:
 
     def ask(self, place: str, **body) -> dict:
         request = urllib.request.Request(f"{self.server.listening_address}/{place}", json.dumps(body).encode(), {"Content-Type": "application/json"})
-        with urllib.request.build_opener(urllib.request.ProxyHandler({})).open(request, timeout=120) as reply:
+        with urllib.request.build_opener(urllib.request.ProxyHandler({})).open(request, timeout=600) as reply:
             return json.load(reply)
 
     def scores(self, ids: list[int], count: int = 10) -> dict[int, float]:
@@ -154,6 +154,17 @@ def test_a_run_folder_and_an_adapter_folder_are_exported_as_the_run_is(run, tmp_
     alone = export(adapter, tmp_path / "from-adapter", "adapter")
     assert whole.ok and alone.ok and abs(whole.effect - alone.effect) < 1e-4 * whole.effect
     assert verify_export(run, adapter).ok
+
+
+def test_an_adapter_trained_on_four_bits_is_exported_as_it_answers(tiny, tmp_path):
+    pytest.importorskip("bitsandbytes")
+    export(tiny, tmp_path / "base", numbers="f32")
+    model, tokenizer = load_model(tmp_path / "base", quantize="nf4", device="cpu")
+    records = [{"instruction": q, "output": a} for q, a in zip(["one", "two"] * 4, ["an app", "a vacuum"] * 4)]
+    options = dict(learning_rate=2e-2, per_device_train_batch_size=4, max_steps=20, eval_strategy="no", allow="held_out_in_training")
+    run = Run(add_lora(model, targets="all-linear"), tokenizer, records, records[:2], root=tmp_path / "runs", quiet=True, prompts=[], **options).fit()
+    certificate = export(run, tmp_path / "out", "gguf", "f16")
+    assert certificate.ok and certificate.arithmetic == "float32" and certificate.kept == 1
 
 
 def test_a_disk_that_takes_no_more_leaves_nothing_under_the_name(tiny, tmp_path):
