@@ -191,6 +191,16 @@ def test_an_adapter_for_another_base(whole):
     assert not (whole[0].parent / "other").exists()
 
 
+def test_an_adapter_for_another_base_of_the_same_name_and_shape(whole, tmp_path):
+    from ftkit.models import tiny_model
+    for part in tiny_model("llama", seed=7):
+        part.save_pretrained(tmp_path / "llama")
+    arguments = ("train", "words.jsonl", "--model", tmp_path / "llama", "--adapter", whole[0] / "adapter", "--root", tmp_path / "runs", "--steps", 1)
+    refused(ftkit(*arguments), "this adapter was trained on", "hold other values", "--any-base")
+    assert not (tmp_path / "runs").exists()
+    assert ftkit(*arguments, "--any-base").exit_code == 0
+
+
 # ---- bad input: one line, exit code 2, nothing left behind
 
 @pytest.mark.parametrize("lines, contains", [
