@@ -265,7 +265,7 @@ def _sft_config(model, folder, has_held_out: bool, options: dict, own=None) -> S
     if options.get("logging_strategy") == "no": raise FtkitError("logging_strategy='no' would leave the journal without steps: logging_steps says how often one is written")
     with _without_bars(), _beside_training(own):
         try: return SFTConfig(output_dir=str(folder), dataset_kwargs={"skip_prepare_dataset": True}, remove_unused_columns=False, **options)
-        except (ValueError, TypeError) as error: raise FtkitError(f"the options do not go together: {' '.join(str(error).split())}") from error
+        except (ValueError, TypeError) as error: raise FtkitError(f"these options cannot be used: {' '.join(str(error).split())}") from error
 
 # %% ../nbs/00c_train.ipynb #try-options
 def _try_options(model, has_held_out: bool, options: dict):

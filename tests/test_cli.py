@@ -283,7 +283,7 @@ def test_no_trained_token_left(place, tmp_path):
     (["--set", "report_to=a_tracker"], ["report_to='a_tracker' cannot be used"]),
     (["--set", "push_to_hub=true"], ["push_to_hub=True cannot be used"]),
     (["--set", "logging_strategy=no"], ["leave the journal without steps"]),
-    (["--held-out", "0", "--set", "load_best_model_at_end=true"], ["do not go together"]),
+    (["--held-out", "0", "--set", "load_best_model_at_end=true"], ["these options cannot be used", "save and eval strategy"]),
     (["--set", "weight_decai=1"], ["weight_decai", "not an option"]),
     (["--set", "lr_scheduler_type=wavy"], ["wavy"]),
     (["--set", "output_dir=x"], ["output_dir"]),
