@@ -96,12 +96,16 @@ def _heads(model) -> tuple[int, int, int] | None:
 def _is_worth_it(times: dict[str, float]) -> bool: return times["sdpa"] > 1.25 * times["grouped"]
 
 
+def _is_sound(times) -> bool:
+    return isinstance(times, dict) and times.keys() == {"sdpa", "grouped"} and all(type(time) in (int, float) and 0 < time < float("inf") for time in times.values())
+
+
 def _remembered_times(key: str, measure) -> dict[str, float] | None:
     "What was measured on this machine before, or is now; None on one that is busy."
     path = cache_dir() / "attention.json"
     try: known = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError): known = {}
-    if not isinstance(known, dict): known = {}
+    known = {key: times for key, times in known.items() if _is_sound(times)} if isinstance(known, dict) else {}
     if key in known or _busy(): return known.get(key)
     times = measure()
     if _is_worth_it(times): write_atomic(path, json.dumps({**known, key: times}, indent=1))

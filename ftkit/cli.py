@@ -7,7 +7,9 @@ __all__ = ['DONE', 'FAILED', 'WRONG', 'STOPPED', 'REFUSED', 'UNHEARD', 'INTERRUP
            'check_writable', 'read_options', 'training_speed', 'run_report']
 
 # %% ../nbs/91_cli.ipynb #exported-imports
+import contextlib
 import json
+import math
 import os
 import re
 import shlex
@@ -39,7 +41,8 @@ EXIT_CODES = {
 }
 
 # %% ../nbs/91_cli.ipynb #in-options
-_TYPED = {r"\ballow='(\w+)'": r"--allow \1", r"\bany_base=True": "--any-base", r"\braise max_length\b": "raise --max-length"}
+_TYPED = {r"\ballow='(\w+)'": r"--allow \1", r"\bany_base=True": "--any-base", r"\braise max_length\b": "raise --max-length",
+          r"\bmax_steps=(\d+)": r"--steps \1", r"\bby name=\.\.\.": "by --name"}
 
 
 def _in_options(line: str) -> str:
@@ -144,26 +147,36 @@ class _CountOrShare(click.ParamType):
         if 0 <= number < 1e12 and number == int(number): return int(number)
         self.fail(f"{value!r} is neither a whole number nor a share between 0 and 1", parameter, context)
 
+# %% ../nbs/91_cli.ipynb #number
+class _Number(click.FloatRange):
+    "A number between limits, and neither nan nor inf."
+
+    def convert(self, value, parameter, context):
+        number = super().convert(value, parameter, context)
+        if not math.isfinite(number): self.fail(f"{value!r} is not a finite number", parameter, context)
+        return number
+
 # %% ../nbs/91_cli.ipynb #model-options
 _FILE = click.Path(path_type=Path)
 
 _MODEL_OPTIONS = [
     click.option("--model", default="smollm2-135m", show_default=True, help="The base: smollm2-135m, a hub name, a folder, or a .gguf file."),
     click.option("--method", type=click.Choice(["lora", "qlora", "full"]), default="lora", show_default=True, help="Train an adapter, one on 4-bit weights, or every weight."),
+    click.option("--dtype", type=click.Choice(["float32", "bfloat16", "float16"]), help="Format of the base's numbers.  [default: the one measured fastest here]"),
     click.option("--adapter", type=_FILE, help="Go on training this adapter instead of a new one."),
     click.option("--any-base", is_flag=True, help="Take --adapter although its base has another name; it must still fit."),
     click.option("--rank", type=click.IntRange(1), default=16, show_default=True, help="Rank of the LoRA matrices."),
-    click.option("--alpha", type=click.FloatRange(0, min_open=True), help="Scale of the LoRA update.  [default: 2 * rank; 8 for rslora]"),
+    click.option("--alpha", type=_Number(0, min_open=True), help="Scale of the LoRA update.  [default: 2 * rank; 8 for rslora]"),
     click.option("--targets", default="attention", show_default=True, help="attention, all-linear, or module names with commas between them."),
-    click.option("--dropout", type=click.FloatRange(0, 1, max_open=True), default=0.0, show_default=True, help="LoRA dropout."),
+    click.option("--dropout", type=_Number(0, 1, max_open=True), default=0.0, show_default=True, help="LoRA dropout."),
     click.option("--variant", type=click.Choice(["lora", "rslora", "dora", "pissa"]), default="lora", show_default=True, help="Kind of LoRA."),
 ]
 
 # %% ../nbs/91_cli.ipynb #training-options
 _TRAINING_OPTIONS = [
     click.option("--steps", type=click.IntRange(1), help="Optimizer steps; wins over --epochs."),
-    click.option("--epochs", type=click.FloatRange(0, min_open=True), help="Passes over the data.  [default: 1]"),
-    click.option("--lr", type=click.FloatRange(0, 10, min_open=True, max_open=True), help="Peak learning rate.  [default: 0.0002; full: 0.00002]"),
+    click.option("--epochs", type=_Number(0, min_open=True), help="Passes over the data.  [default: 1]"),
+    click.option("--lr", type=_Number(0, 10, min_open=True, max_open=True), help="Peak learning rate.  [default: 0.0002; full: 0.00002]"),
     click.option("--batch-size", type=click.IntRange(1), help="Rows of one micro-batch.  [default: 8]"),
     click.option("--max-length", type=click.IntRange(1), help="Tokens of a row; what is longer is cut, and said.  [default: 1024]"),
     click.option("--seed", type=click.IntRange(0, 2**32 - 1), default=42, show_default=True, help="Of the split, the adapter and the order."),
@@ -188,8 +201,7 @@ def read_options(
     parameters: list[click.Parameter],  # of the command that the options are for
 ) -> dict:  # values by parameter name; `options` is a dictionary
     "Read a command's options from YAML; `FtkitError` names all that the command does not have."
-    given = _read_yaml(Path(path))
-    given = given["command"] if isinstance(given.get("command"), dict) else given
+    given = _options_in(path, _read_yaml(Path(path)))
     by_name = {parameter.name: parameter for parameter in parameters} | {"set": next((p for p in parameters if p.name == "options"), None)}
     values = {str(name).replace("-", "_"): value for name, value in given.items()}
     unknown = [name for name in values if by_name.get(name) is None or name in ("config", "options")]
@@ -207,6 +219,15 @@ def _read_yaml(path: Path) -> dict:
     if not isinstance(given or {}, dict): raise FtkitError(f"{path} must hold options as `name: value`, one a line")
     return given or {}
 
+# %% ../nbs/91_cli.ipynb #options-in
+def _options_in(path, given: dict) -> dict:
+    "What stands in a file of options, or under `command` in that of a run."
+    if not {"command", "versions"} & given.keys(): return given
+    block = given.get("command")
+    if not (isinstance(block, dict) and {"data", "model", "method"} <= block.keys()):
+        raise FtkitError(f"{path} is of a run that `ftkit train` did not start, so it holds no options to repeat it with")
+    return block
+
 # %% ../nbs/91_cli.ipynb #as-typed
 def _as_typed(path, parameter: click.Parameter, value):
     "The value as it would be typed on the command line."
@@ -214,6 +235,7 @@ def _as_typed(path, parameter: click.Parameter, value):
         if not isinstance(value, dict): raise FtkitError(f"{path}: set must hold SFTConfig options as `name: value`, one a line")
         return {name: _parse_value(item) for name, item in value.items()}
     if isinstance(value, dict): raise FtkitError(f"{path}: {parameter.name} must be one value")
+    if isinstance(value, bool) and not getattr(parameter, "is_flag", False): raise FtkitError(f"{path}: {parameter.name} is {str(value).lower()}, but it is no switch")
     items = [str(item) for item in (value if isinstance(value, list) else [value])]
     if getattr(parameter, "multiple", False): return items
     return value if isinstance(value, bool) else ",".join(items)
@@ -231,24 +253,22 @@ _NAMES = dict(steps="max_steps", epochs="num_train_epochs", lr="learning_rate", 
 _OURS = ("output_dir", "dataset_kwargs", "remove_unused_columns")
 
 
-def _trainer_options(settings: dict) -> dict:
+def _trainer_options(settings: dict, has_held_out: bool = True) -> dict:
     "The options for `SFTConfig`, tried out."
     named = {_NAMES[name]: value for name, value in settings.items() if name in _NAMES and value is not None}
     extra = settings.get("options") or {}
     twice = sorted(named.keys() & extra.keys() - {"seed"})
     if twice: raise FtkitError(f"{twice[0]} is given twice: by its own option and by --set")
-    _try_options({**named, **extra})
+    _try_options({**named, **extra}, has_held_out)
     return {**named, **extra}
 
 # %% ../nbs/91_cli.ipynb #try-options
-def _try_options(options: dict):
-    import warnings
+def _try_options(options: dict, has_held_out: bool):
     from trl import SFTConfig
+    from ftkit import train
     bad = [name for name in options if name in _OURS or name not in SFTConfig.__dataclass_fields__]
     if bad: raise FtkitError(f"--set: {', '.join(bad)}: not an option of trl.SFTConfig" + (" that can be set here" if bad[0] in _OURS else ""))
-    try:
-        with warnings.catch_warnings(action="ignore"): SFTConfig(output_dir="unused", **{"bf16": False, "report_to": "none", **options})
-    except (ValueError, TypeError) as error: raise FtkitError(f"an option for the trainer is wrong: {printable(error)[:300]}") from None
+    train._try_options(None, has_held_out, options)
 
 # %% ../nbs/91_cli.ipynb #training-speed
 def training_speed(
@@ -318,7 +338,9 @@ def _load(settings: dict):
     "Base model, tokenizer, and what is to be trained on it."
     from ftkit.lora import add_lora, load_adapter
     from ftkit.models import load_model
-    model, tokenizer = load_model(settings["model"], quantize="nf4" if settings["method"] == "qlora" else None)
+    import torch
+    dtype = settings["dtype"] and getattr(torch, settings["dtype"])
+    model, tokenizer = load_model(settings["model"], dtype, quantize="nf4" if settings["method"] == "qlora" else None)
     if settings["method"] == "full": return _whole(model), tokenizer
     if settings["adapter"] is not None: return load_adapter(model, settings["adapter"], trainable=True, any_base=settings["any_base"]), tokenizer
     targets = settings["targets"]
@@ -360,26 +382,48 @@ def _train(context, data, **settings):
     _check_adapter(context)
     check_writable(settings["root"])
     records, held_out, bad = _read_data(data, settings["held_out"], settings["seed"], settings["skip_bad"])
-    settings.update(model=_model_place(settings["model"]), name=settings["name"] or Path(data).stem)
-    return _train_on(records, held_out, bad, _plain(dict(data=os.path.abspath(data), **settings)), settings)
-
-# %% ../nbs/91_cli.ipynb #train-on
-def _plain(settings: dict) -> dict:
-    "Settings as YAML can hold them; `--config` reads them back."
-    named = {name.replace("options", "set"): value for name, value in settings.items() if value not in (None, (), {}, False)}
-    return {name: str(value) if isinstance(value, Path) else list(value) if isinstance(value, tuple) else value for name, value in named.items()}
-
-
-def _train_on(records, held_out, bad: str, command: dict, settings: dict) -> int:
-    options = _trainer_options(settings)
-    from ftkit.train import Run
-    model, tokenizer = _load(settings)
-    places = {name: settings[name] for name in ("name", "root", "allow", "compile")}
-    run = Run(model, tokenizer, records, held_out or None, facts=dict(command=command), **places, **options)
+    if settings["held_out"] is None: settings["held_out"] = 0.1 if held_out else 0
+    settings.update(data=os.path.abspath(data), model=_model_place(settings["model"]), name=Path(data).stem if settings["name"] is None else settings["name"])
+    with _telling(bad): run = _new_run(records, held_out, settings)
     if bad:
         (run.folder / "rejected.jsonl").write_text(bad, encoding="utf-8")
         click.echo(f"{len(bad.splitlines())} bad lines left out: {run.folder / 'rejected.jsonl'}")
     return _fit(run)
+
+# %% ../nbs/91_cli.ipynb #train-on
+def _plain(settings: dict) -> dict:
+    "Settings as YAML can hold them; `--config` reads them back."
+    named = {name.replace("options", "set"): value for name, value in settings.items() if value is not False and value not in (None, (), {})}
+    return {name: str(value) if isinstance(value, Path) else list(value) if isinstance(value, tuple) else value for name, value in named.items()}
+
+
+def _new_run(records, held_out, settings: dict):
+    options = _trainer_options(settings, bool(held_out))
+    from ftkit.train import Run, _check_name
+    _check_name(settings["name"])
+    model, tokenizer = _load(settings)
+    places = {name: settings[name] for name in ("name", "root", "allow", "compile")}
+    return Run(model, tokenizer, records, held_out or None, facts=dict(command=_command(model, options, settings)), **places, **options)
+
+# %% ../nbs/91_cli.ipynb #command
+def _command(model, options: dict, settings: dict) -> dict:
+    "All options of this run, for its config.yaml."
+    from ftkit.train import _repeatable
+    filled, typed, adapter = _repeatable(model, options), settings["options"], getattr(model, "peft_config", {}).get("default")
+    named = {name: filled[option] for name, option in _NAMES.items() if option in filled and option not in typed}
+    rest = {option: value for option, value in filled.items() if option in typed or option not in _NAMES.values()}
+    alpha = adapter.lora_alpha if adapter else None
+    return _plain({**settings, **named, "alpha": alpha, "dtype": str(model.config.dtype).removeprefix("torch."), "options": rest})
+
+
+@contextlib.contextmanager
+def _telling(bad: str):
+    "A refusal tells which lines were left out, since there is no folder to write them to."
+    try: yield
+    except FtkitError as error:
+        lines = [str(json.loads(line)["line"]) for line in bad.splitlines()]
+        if not lines: raise
+        raise FtkitError(f"{error}; left out before, as bad lines: {', '.join(lines[:20])}" + (f" and {len(lines) - 20} more" if len(lines) > 20 else "")) from error
 
 # %% ../nbs/91_cli.ipynb #fit
 def _fit(run) -> int:
@@ -397,12 +441,12 @@ def _code(state: str) -> int:
 # %% ../nbs/91_cli.ipynb #resume
 @main.command("resume")
 @click.argument("folder", metavar="RUNFOLDER", type=_FILE)
-@click.option("--lr", type=click.FloatRange(0, 10, min_open=True, max_open=True), help="Peak learning rate from here on; wins over the saved schedule.")
+@click.option("--lr", type=_Number(0, 10, min_open=True, max_open=True), help="Peak learning rate from here on; wins over the saved schedule.")
 @click.option("--steps", type=click.IntRange(1), help="Optimizer steps of the whole run.")
 def _resume(folder, lr, steps):
     "Go on with a run from its newest sound checkpoint."
     end = _ending(read_journal(folder))
-    if end and end["what"] == "finished" and (steps or 0) <= end["step"]:
+    if end and end["what"] == "finished" and steps in (None, end["step"]):
         click.echo(f"{folder} is finished, at step {end['step']}; to take it further: ftkit resume {shlex.quote(str(folder))} --steps {2 * end['step']}")
         return DONE
     if not (folder / "config.yaml").exists(): raise FtkitError(f"{folder} is not the folder of a run: it has no config.yaml")
@@ -427,7 +471,7 @@ def _export(folder, form, numbers, out):
 @main.command("steer", epilog="\b\n" + "\n".join(f"{name:<12}{meaning}" for name, meaning in ACTIONS.items()))
 @click.argument("folder", metavar="RUNFOLDER", type=_FILE)
 @click.argument("action", metavar="ACTION")
-@click.option("--wait", type=click.FloatRange(0), default=15.0, show_default=True, help="Seconds to wait for the run's answer.")
+@click.option("--wait", type=_Number(0), default=15.0, show_default=True, help="Seconds to wait for the run's answer.")
 def _steer(folder, action, wait):
     "Steer a run that trains in another process.\n\nACTION is one of those below, such as pause or lr=1e-4."
     history = read_journal(folder)

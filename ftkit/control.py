@@ -278,6 +278,9 @@ def _last_time(path: Path) -> float | None:
         events = (_event(line) for line in reversed(file.read().split(b"\n")))
         return next((at for event in events if event and (at := _seconds(event.get("time")))), None)
 
+# %% ../nbs/00c2_control.ipynb #is-event
+def _is_event(event: dict) -> bool: return isinstance(event.get("what"), str) and isinstance(event.get("step", ""), (int, type(None)))
+
 # %% ../nbs/00c2_control.ipynb #journal
 class Journal(LineWriter):
     "The run's diary, `journal.jsonl`; any number of threads may write."
@@ -312,7 +315,7 @@ def new_events(
     reader, events = LineReader(Path(folder) / "journal.jsonl", offset), []
     with _explained("read", reader.path):
         while reader.grown():
-            events += _events([line for _, line in reader.take()])
+            events += filter(_is_event, _events([line for _, line in reader.take()]))
     return events, reader.offset
 
 # %% ../nbs/00c2_control.ipynb #read-journal

@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from .data import FtkitError
-from .models import base_name, quantization
+from .models import base_difference, base_fingerprint, base_name, quantization
 
 # %% ../nbs/01_lora.ipynb #linear-layers
 def _linear_layers(model) -> dict[str, nn.Module]:
@@ -275,15 +275,35 @@ def _misfit(model, shapes: dict[str, tuple]) -> str | None:
 
 # %% ../nbs/01_lora.ipynb #same-name
 def _same_name(one: str | None, other: str | None) -> bool:
+    if one and other and Path(one).is_dir() and Path(other).is_dir():
+        return Path(one).resolve() == Path(other).resolve()
     last = lambda name: re.split(r"[/\\]", name.rstrip("/\\"))[-1].lower()
     return not one or not other or last(one) == last(other)
+
+# %% ../nbs/01_lora.ipynb #base-differs
+def _known_base(folder: Path) -> str | None:
+    "The fingerprint of the base in a run's training.json; None where there is none."
+    path = folder / "training.json"
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))["base"]["fingerprint"]
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        raise FtkitError(f"{path} cannot be read: take it away to load the adapter without its check of the base") from None
+
+
+def _other_base(model, folder: Path, name: str | None) -> str | None:
+    "Why this is not the base of the adapter, in words; None where it is."
+    if known := _known_base(folder):
+        return base_difference(known, base_fingerprint(model))
+    return None if _same_name(name, base_name(model)) else "they have other names"
 
 # %% ../nbs/01_lora.ipynb #load-adapter
 def load_adapter(
     model: nn.Module,  # the base model, without adapter; wrapped in place
     folder: str | Path,  # holds adapter_config.json and adapter_model.safetensors
     trainable: bool = False,  # go on training it; otherwise everything is frozen
-    any_base: bool = False,  # load although the base has another name; it must still fit
+    any_base: bool = False,  # load although the base is another one; it must still fit
 ):  # `peft.PeftModel`
     "Load a LoRA adapter after checking that it belongs to this model; otherwise an `FtkitError` that names both, and `model` is as it was."
     from peft import PeftModel
@@ -294,7 +314,7 @@ def load_adapter(
     about = f"{folder}: this adapter was trained on {theirs!r} and this model is {ours!r}"
     if misfit:
         raise FtkitError(f"{about}, which it does not fit: {misfit}")
-    if not any_base and not _same_name(theirs, ours):
-        raise FtkitError(f"{about}: load {theirs!r} as base, or say any_base=True if the weights are the same under another name")
+    if not any_base and (difference := _other_base(model, folder, theirs)):
+        raise FtkitError(f"{about}: {difference}; load {theirs!r} as base, or say any_base=True to load it all the same")
     with _own_random_state(0):
         return PeftModel.from_pretrained(model, str(folder), is_trainable=trainable)

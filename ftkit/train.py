@@ -25,6 +25,7 @@ import sys
 import threading
 import time
 import traceback
+import typing
 import warnings
 import weakref
 from collections import deque
@@ -43,7 +44,7 @@ from trl import SFTConfig, SFTTrainer
 
 from .checkpoint import checkpoints, load_optimizer, load_rng, newest_checkpoint, paged_again, remove_folder, rng_state, save_optimizer, save_rng, set_rng_state, sweep_temporary, verify_folder, write_folder
 from .control import Control, Journal, RemoteControl, read_journal
-from .core import cache_dir, pick_dtype, require, write_atomic
+from .core import cache_dir, pick_device, pick_dtype, require, write_atomic
 from .data import FtkitError, collate, encode_data, encode_prompt, fingerprint, load_records, printable
 from .lens import lens
 from .loss import LossPlan, compile_layers, loss_plan, loss_sum, trained_tokens, uncompile_layers
@@ -131,22 +132,32 @@ def _arithmetic(model) -> torch.dtype:
     return pick_dtype(weight.device)[0] if is_cast else weight.dtype
 
 # %% ../nbs/00c_train.ipynb #default-options
+_OWN = dict(
+    per_device_train_batch_size=8, num_train_epochs=1, warmup_steps=0.05, weight_decay=0.0, max_length=1024,
+    gradient_checkpointing=False,  # `Run` turns it on where memory demands it
+    optim="adamw_torch_fused", train_sampling_strategy="group_by_length",
+    logging_steps=1, logging_nan_inf_filter=False,  # a NaN must be seen
+    save_steps=0.1, eval_steps=0.25, eval_on_start=True,
+    report_to="none", disable_tqdm=True, seed=42,
+)
+
+
 def default_options(
     model: torch.nn.Module,  # its dtype and device decide about precision
 ) -> dict:  # keyword arguments for `SFTConfig`
     "What ftkit sets differently from `SFTConfig`; any option given to `Run` wins over these."
     weight, arithmetic = next(p for p in model.parameters() if p.is_floating_point()), _arithmetic(model)
-    return dict(
-        per_device_train_batch_size=8, num_train_epochs=1, warmup_steps=0.05, weight_decay=0.0, max_length=1024,
+    return _OWN | dict(
         learning_rate=2e-4 if hasattr(model, "peft_config") else 2e-5,  # a whole model bears a tenth of an adapter's
-        gradient_checkpointing=False,  # `Run` turns it on where memory demands it
         bf16=arithmetic == torch.bfloat16, fp16=arithmetic == torch.float16,  # as the base was measured fastest
-        optim="adamw_torch_fused", train_sampling_strategy="group_by_length",
-        logging_steps=1, logging_nan_inf_filter=False,  # a NaN must be seen
-        save_steps=0.1, eval_steps=0.25, eval_on_start=True,
-        report_to="none", disable_tqdm=True, dataloader_pin_memory=weight.is_cuda, use_cpu=weight.device.type == "cpu",
-        seed=42,
+        dataloader_pin_memory=weight.is_cuda, use_cpu=weight.device.type == "cpu",
     )
+
+# %% ../nbs/00c_train.ipynb #before-model
+def _options_before(model) -> dict:
+    "The options that ftkit sets; for None, what can be told of them without a model."
+    if model is not None: return default_options(model)
+    return _OWN | dict(learning_rate=2e-4, bf16=False, fp16=False, use_cpu=pick_device()[0].type == "cpu")
 
 # %% ../nbs/00c_train.ipynb #without-bars
 @contextlib.contextmanager
@@ -187,6 +198,32 @@ OTHER_WAYS = dict(
     save_only_model=(False, "a checkpoint always holds what a resume needs"), resume_from_checkpoint=(None, "use Run.open(folder)"),
 )
 
+# %% ../nbs/00c_train.ipynb #check-number
+_ABOVE_ZERO = ("num_train_epochs", "save_steps", "eval_steps", "logging_steps")
+_AT_LEAST = dict(
+    **dict.fromkeys(("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps", "max_length", "save_total_limit"), 1),
+    **dict.fromkeys(("learning_rate", "weight_decay", "warmup_steps", "max_grad_norm", "adam_epsilon", "dataloader_num_workers", "seed", "data_seed"), 0),
+)
+
+
+def _check_number(name: str, value, whole: bool):
+    "Raise where an option that is a number has a value that it cannot have."
+    kind, least = "a whole number" if whole else "a number", _AT_LEAST.get(name, -math.inf)
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value) or whole and value != int(value): raise FtkitError(f"{name} is {value!r}: it must be {kind}")
+    if name in _ABOVE_ZERO and value <= 0: raise FtkitError(f"{name} is {value!r}: it must be above 0")
+    if value < least: raise FtkitError(f"{name} is {value!r}: it must be {kind} of at least {least}")
+    if name in ("seed", "data_seed") and value >= 2**32: raise FtkitError(f"{name} is {value!r}: it must be below 2**32")
+
+# %% ../nbs/00c_train.ipynb #check-values
+def _check_values(options: dict):
+    "Raise for the first option that is a number or a switch, and whose value is neither."
+    for name, value in options.items():
+        kinds = set(typing.get_args(SFTConfig.__dataclass_fields__[name].type)) or {SFTConfig.__dataclass_fields__[name].type}
+        if value is None and type(None) in kinds: continue
+        kinds -= {type(None)}
+        if kinds and kinds <= {int, float}: _check_number(name, value, float not in kinds)
+        if kinds == {bool} and not isinstance(value, bool): raise FtkitError(f"{name} is {value!r}: it must be true or false")
+
 # %% ../nbs/00c_train.ipynb #check-optimizer
 def _check_optimizer(options: dict, device: torch.device) -> str | None:
     "What to say about the optimizer; raises where it needs a package that is missing."
@@ -214,18 +251,33 @@ def _beside_training(own):
 
 # %% ../nbs/00c_train.ipynb #sft-config
 def _sft_config(model, folder, has_held_out: bool, options: dict, own=None) -> SFTConfig:
-    options = {name: value for name, value in options.items() if name != "rate_factors"}
-    options = _settle_conflicts({**default_options(model), **options}, options)
+    "The options as TRL takes them; `model` is None where it is not loaded yet."
+    given = {name: value for name, value in options.items() if name != "rate_factors"}
+    unknown = sorted(set(given) - set(SFTConfig.__dataclass_fields__))
+    if unknown: raise FtkitError(f"unknown option {unknown[0]!r}: Run takes the options of trl.SFTConfig, for example learning_rate, max_steps, save_steps")
+    _check_values(given)
+    options = _settle_conflicts({**_options_before(model), **given}, given)
+    options.setdefault("per_device_eval_batch_size", options["per_device_train_batch_size"])
     if not has_held_out: options["eval_strategy"] = "no"
     if options.setdefault("eval_strategy", "steps") == "no": options["eval_on_start"] = False
     for name, (neutral, why) in OTHER_WAYS.items():
         if options.get(name, neutral) != neutral: raise FtkitError(f"{name}={options[name]!r} has no effect on Run: {why}")
-    known = SFTConfig.__dataclass_fields__
-    unknown = sorted(set(options) - set(known))
-    if unknown: raise FtkitError(f"unknown option {unknown[0]!r}: Run takes the options of trl.SFTConfig, for example learning_rate, max_steps, save_steps")
+    if options.get("logging_strategy") == "no": raise FtkitError("logging_strategy='no' would leave the journal without steps: logging_steps says how often one is written")
     with _without_bars(), _beside_training(own):
         try: return SFTConfig(output_dir=str(folder), dataset_kwargs={"skip_prepare_dataset": True}, remove_unused_columns=False, **options)
-        except (ValueError, TypeError) as error: raise FtkitError(f"the options do not go together: {' '.join(str(error).split())}") from error
+        except (ValueError, TypeError) as error: raise FtkitError(f"these options cannot be used: {' '.join(str(error).split())}") from error
+
+# %% ../nbs/00c_train.ipynb #try-options
+def _try_options(model, has_held_out: bool, options: dict):
+    "Raise where these options cannot be trained with; makes nothing."
+    args = _sft_config(model, "unused", has_held_out, options)
+    try:
+        for tracker in transformers.integrations.get_reporting_integration_callbacks(args.report_to): tracker()
+    except Exception as error: raise FtkitError(f"report_to={options['report_to']!r} cannot be used: {printable(error)[:300]}") from error
+    if not args.push_to_hub: return
+    from huggingface_hub import HfApi
+    try: HfApi(token=args.hub_token).whoami()
+    except Exception as error: raise FtkitError(f"push_to_hub=True cannot be used: the hub does not answer for you ({type(error).__name__}: {printable(error)[:200]})") from error
 
 # %% ../nbs/00c_train.ipynb #named-weights
 _KINDS = {
@@ -744,7 +796,7 @@ def _take_in(self: Run, model, tokenizer, data, held_out, prompts, allow, compil
     _check_trainable(model)
     _factor_of(model, options.get("rate_factors") or {})
     if (trap := _rounding_trap(model)): self.say(trap)
-    _sft_config(model, "unused", held_out is not None, options), _yaml(options)
+    _try_options(model, held_out is not None, options), _yaml(options)
     note = _check_optimizer(options, next(model.parameters()).device)
     for record in prompts: encode_prompt(record, tokenizer)
     self._preflight()
@@ -828,7 +880,8 @@ def say(
 
 # %% ../nbs/00c_train.ipynb #make-folder
 def _check_name(name: str):
-    if not name or Path(name).name != name or name.startswith("."): raise FtkitError(f"{name!r} is not a name for a run: use a plain folder name")
+    is_plain = name and name.isprintable() and Path(name).name == name and not name.startswith(".") and len(name.encode()) < 200
+    if not is_plain: raise FtkitError(f"{name!r} is not a name for a run: give a plain folder name by name=...")
 
 
 def _make_folder(root: str | Path, name: str) -> Path:
@@ -1205,7 +1258,8 @@ def evaluate(
     "Held-out loss of the model as it is now; changes nothing. From another thread than the training's: pause the run first."
     data = self.held_out if data is None else data
     if data is None: raise FtkitError("this run has no held-out rows: give evaluate some, encoded by encode_data")
-    with self._at_rest(): return held_out_loss(self.model, data, self.tokenizer.pad_token_id, self.plan)
+    rows = self.options.get("per_device_eval_batch_size", self.options["per_device_train_batch_size"])
+    with self._at_rest(): return held_out_loss(self.model, data, self.tokenizer.pad_token_id, self.plan, rows)
 
 # %% ../nbs/00c_train.ipynb #run-actions
 @patch
@@ -1751,7 +1805,8 @@ def open(
     config = _read_config(folder)
     checkpoint, reasons = newest_checkpoint(folder)
     if checkpoint is None: raise FtkitError(f"{folder} has no sound checkpoint to go on from" + (f": {reasons[0]}" if reasons else ""))
-    if tokenizer is None: tokenizer = transformers.AutoTokenizer.from_pretrained(folder / "tokenizer")
+    _check_further(folder, config, _step_of(checkpoint), options)
+    if tokenizer is None: tokenizer = _read_tokenizer(folder)
     model = _model_of(folder, config, checkpoint, model, options)
     data, held_out, prompts = _read_data(folder, config)
     run = cls.__new__(cls)
@@ -1765,6 +1820,12 @@ def open(
     run.step, run.origin = _step_of(checkpoint), config.get("parent", {}).get("step", 0)
     run._note_changes(config, options)
     return run
+
+# %% ../nbs/00c_train.ipynb #check-further
+def _check_further(folder: Path, config: dict, step: int, options: dict):
+    "A number of steps that is behind the run already would end it."
+    steps, before = options.get("max_steps"), config["options"].get("max_steps")
+    if isinstance(steps, int) and 0 < steps <= step and steps != before: raise FtkitError(f"{folder} has reached step {step}, so max_steps={steps} would end it: give more, or leave it out")
 
 # %% ../nbs/00c_train.ipynb #model-of
 def _model_of(folder: Path, config: dict, checkpoint: Path, model, options: dict):
@@ -1784,11 +1845,25 @@ def _note_changes(self: Run, config: dict, options: dict):
     self._old_options = {name: before.get(name) for name in self._new_options or ()} or None
 
 # %% ../nbs/00c_train.ipynb #read-config
+_CONFIG = dict(name=str, model=dict, method=str, data=dict, options=dict, allow=list, compile=bool, loss=str, versions=dict)
+
+
+def _config_problem(config) -> str | None:
+    "What is missing from a run's config.yaml, in words."
+    if not isinstance(config, dict): return "it holds no settings"
+    wrong = [name for name, kind in _CONFIG.items() if not isinstance(config.get(name), kind)]
+    wrong += [f"model.{name}" for name in ("name", "dtype", "base_sha256") if not wrong and not isinstance(config["model"].get(name), str)]
+    wrong += [] if "held_out" in config else ["held_out"]
+    return f"{wrong[0]} is missing or of the wrong kind" if wrong else None
+
+
 def _read_config(folder: Path) -> dict:
-    path = folder / "config.yaml"
+    path = Path(folder) / "config.yaml"
     if not path.exists(): raise FtkitError(f"{folder} is not the folder of a run: it has no config.yaml")
-    try: return yaml.safe_load(path.read_text(encoding="utf-8"))
-    except yaml.YAMLError as error: raise FtkitError(f"{path} cannot be read: {str(error).splitlines()[0]}") from error
+    try: config = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error: raise FtkitError(f"{path} cannot be read: {printable(error)[:200]}") from error
+    if (problem := _config_problem(config)): raise FtkitError(f"{path} is damaged: {problem}")
+    return config
 
 # %% ../nbs/00c_train.ipynb #keep-attention
 @patch
@@ -1829,13 +1904,27 @@ def _as_begun(model, config: dict, options: dict):
     return model
 
 # %% ../nbs/00c_train.ipynb #read-data
-def _read_data(folder: Path, config: dict):
+def _read_rows(path: Path):
     import datasets
-    read = lambda name: datasets.Dataset.from_parquet(str(folder / "data" / f"{name}.parquet"), keep_in_memory=False)
-    with _without_bars(): data, held_out = read("train"), read("held_out") if config["held_out"] else None
-    if fingerprint(data) != config["data"]["sha256"]: raise FtkitError(f"{folder / 'data' / 'train.parquet'} is not the data that this run was started with")
-    lines = (folder / "data" / "prompts.jsonl").read_text(encoding="utf-8").split("\n")
-    return data, held_out, [json.loads(line) for line in lines if line]
+    if not path.exists(): raise FtkitError(f"{path} is missing: without its rows the run cannot go on")
+    try:
+        with _without_bars(): return datasets.Dataset.from_parquet(str(path), keep_in_memory=False)
+    except Exception as error: raise FtkitError(f"{path} cannot be read: {printable(error)[:200]}") from error
+
+
+def _read_data(folder: Path, config: dict):
+    place = folder / "data"
+    data, held_out = _read_rows(place / "train.parquet"), _read_rows(place / "held_out.parquet") if config["held_out"] else None
+    if fingerprint(data) != config["data"].get("sha256"): raise FtkitError(f"{place / 'train.parquet'} is not the data that this run was started with")
+    try: return data, held_out, [json.loads(line) for line in (place / "prompts.jsonl").read_text(encoding="utf-8").split("\n") if line]
+    except (OSError, ValueError) as error: raise FtkitError(f"{place / 'prompts.jsonl'} cannot be read: {printable(error)[:200]}") from error
+
+# %% ../nbs/00c_train.ipynb #read-tokenizer
+def _read_tokenizer(folder: Path):
+    place = folder / "tokenizer"
+    if not place.is_dir(): raise FtkitError(f"{place} is missing: give the tokenizer, or copy it there from the run's adapter/ or model/")
+    try: return transformers.AutoTokenizer.from_pretrained(place, local_files_only=True)
+    except Exception as error: raise FtkitError(f"{place} holds no tokenizer that loads: {printable(error)[:200]}") from error
 
 # %% ../nbs/00c_train.ipynb #training-facts
 @patch

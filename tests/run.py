@@ -4,7 +4,7 @@
 
 Each notebook runs in a process of its own, without a kernel, in a copy of nbs/ in a temporary folder,
 so what it writes beside itself is gone afterwards. Cells marked `#| slow` are left out; those marked
-`#| gpu` run where there is an NVIDIA GPU. The last line is `N passed, M failed`, and what was skipped.
+`#| gpu` run where there is an NVIDIA GPU. The last line is `N passed, M failed`; what was skipped is counted in the line before it.
 """
 import argparse
 import os
@@ -60,7 +60,7 @@ def find_tests(folder: Path, name: str) -> list[Path]:
 
 
 def summary(passed: int, failed: int, skipped: int) -> str:
-    return f"{passed} passed, {failed} failed" + (f", {skipped} skipped" if skipped else "")
+    return (f"{skipped} skipped\n" if skipped else "") + f"{passed} passed, {failed} failed"
 
 
 def run_notebook(notebook, folder: Path) -> bool:

@@ -1,6 +1,7 @@
 "The command line, end to end on a tiny model: its exit codes, its one-line errors, and runs that are killed, interrupted and steered."
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -148,6 +149,32 @@ def test_a_finished_run_is_not_begun_again(whole):
     result = ftkit("resume", whole[0])
     assert result.exit_code == 0 and f"is finished, at step {STEPS}" in result.output
     assert (whole[0] / "journal.jsonl").read_bytes() == before
+    refused(ftkit("resume", whole[0], "--steps", 3), f"has reached step {STEPS}, so --steps 3 would end it")
+    assert (whole[0] / "journal.jsonl").read_bytes() == before
+
+
+def test_the_config_of_a_run_holds_all_that_repeats_it(whole):
+    config = yaml.safe_load((whole[0] / "config.yaml").read_text())
+    block = config["command"]
+    assert block["dtype"] == config["model"]["dtype"] and block["held_out"] == 0.1 and block["alpha"] == 32
+    assert {"max_length": 1024, "seed": 42, "lr": 1e-3, "epochs": 1, "dropout": 0.0}.items() <= block.items()
+    assert block["set"]["warmup_steps"] == 0.05
+
+
+def test_nothing_held_out_and_another_format_are_repeated(place, tmp_path):
+    other = "bfloat16" if yaml.safe_load((place / "runs" / "whole" / "config.yaml").read_text())["model"]["dtype"] == "float32" else "float32"
+    assert train("words.jsonl", "--root", tmp_path, "--name", "a", "--steps", 1, "--held-out", 0, "--dtype", other).exit_code == 0
+    assert ftkit("train", "--config", tmp_path / "a" / "config.yaml", "--name", "b").exit_code == 0
+    a, b = (yaml.safe_load((tmp_path / name / "config.yaml").read_text()) for name in "ab")
+    assert b["model"]["dtype"] == other and b["held_out"] is None and a["options"] == b["options"]
+    assert a["command"] | {"name": "b"} == b["command"]
+
+
+def test_a_config_that_train_did_not_write(place, tmp_path):
+    for text in ("command: {data: words.jsonl}\nname: demo\nversions: {}\n", "name: run\nversions: {}\noptions: {}\n"):
+        (tmp_path / "config.yaml").write_text(text)
+        refused(train("words.jsonl", "--root", tmp_path / "runs", "--config", tmp_path / "config.yaml"), "`ftkit train` did not start")
+    assert not (tmp_path / "runs").exists()
 
 
 def test_further_from_an_adapter(whole):
@@ -162,6 +189,16 @@ def test_further_from_an_adapter(whole):
 def test_an_adapter_for_another_base(whole):
     refused(ftkit("train", "words.jsonl", "--model", "qwen", "--adapter", whole[0] / "adapter", "--name", "other"), "this adapter was trained on")
     assert not (whole[0].parent / "other").exists()
+
+
+def test_an_adapter_for_another_base_of_the_same_name_and_shape(whole, tmp_path):
+    from ftkit.models import tiny_model
+    for part in tiny_model("llama", seed=7):
+        part.save_pretrained(tmp_path / "llama")
+    arguments = ("train", "words.jsonl", "--model", tmp_path / "llama", "--adapter", whole[0] / "adapter", "--root", tmp_path / "runs", "--steps", 1)
+    refused(ftkit(*arguments), "this adapter was trained on", "hold other values", "--any-base")
+    assert not (tmp_path / "runs").exists()
+    assert ftkit(*arguments, "--any-base").exit_code == 0
 
 
 # ---- bad input: one line, exit code 2, nothing left behind
@@ -196,6 +233,13 @@ def test_skip_bad_of_nothing_but_bad_lines(place, tmp_path):
     refused(result, "no record", "2 left out")
 
 
+def test_skip_bad_of_a_run_that_is_refused_later(place, tmp_path):
+    data = write_lines(tmp_path / "data.jsonl", [record("tab"), "{", {**record("bat"), "input": "long " * 60}, "["])
+    result = train(data, "--root", tmp_path / "runs", "--skip-bad", "--max-length", 128)
+    assert result.exit_code == 2 and "no token to train" in result.stderr and result.stderr.endswith("left out before, as bad lines: 2, 4\n")
+    assert not (tmp_path / "runs").exists()
+
+
 def test_a_record_over_the_limit_is_counted_and_cut(place, tmp_path):
     data = write_lines(tmp_path / "data.jsonl", [record("tab"), {**record("bat"), "output": "long " * 60}])
     result = train(data, "--root", tmp_path / "runs", "--steps", 1, "--max-length", 128)
@@ -215,12 +259,31 @@ def test_no_trained_token_left(place, tmp_path):
     (["--model", "words.jsonl"], ["words.jsonl"]),
     (["--targets", "q_prj"], ["q_prj", "q_proj"]),
     (["--rank", "0"], ["--rank", "0"]),
-    (["--method", "qlora"], ["--method", "qlora", "lora"]),
+    (["--method", "qlor"], ["--method", "qlora", "lora"]),
     (["--dropout", "1"], ["--dropout"]),
     (["--steps", "many"], ["--steps", "many"]),
     (["--held-out", "1.5"], ["--held-out", "neither a whole number nor a share"]),
     (["--held-out", "24"], ["held_out=24 of 24"]),
     (["--name", "../escape"], ["../escape"]),
+    (["--name", "two\nlines"], ["is not a name", "by --name"]),
+    (["--name", ""], ["is not a name", "by --name"]),
+    (["--name", "x" * 300], ["is not a name", "by --name"]),
+    (["--lr", "nan"], ["--lr", "not a finite number"]),
+    (["--alpha", "inf"], ["--alpha", "not a finite number"]),
+    (["--epochs", "nan"], ["--epochs", "not a finite number"]),
+    (["--dtype", "float8"], ["--dtype", "bfloat16"]),
+    (["--set", "learning_rate=abc"], ["learning_rate is 'abc': it must be a number"]),
+    (["--set", "learning_rate=NaN"], ["learning_rate is nan: it must be a number"]),
+    (["--set", "weight_decay=abc"], ["weight_decay is 'abc'"]),
+    (["--set", "num_train_epochs=true"], ["num_train_epochs is True"]),
+    (["--set", "per_device_train_batch_size=0"], ["per_device_train_batch_size is 0", "at least 1"]),
+    (["--set", "per_device_train_batch_size=x"], ["per_device_train_batch_size is 'x'", "whole number"]),
+    (["--set", "gradient_accumulation_steps=0"], ["gradient_accumulation_steps is 0", "at least 1"]),
+    (["--set", "seed=-1"], ["seed is -1"]),
+    (["--set", "report_to=a_tracker"], ["report_to='a_tracker' cannot be used"]),
+    (["--set", "push_to_hub=true"], ["push_to_hub=True cannot be used"]),
+    (["--set", "logging_strategy=no"], ["leave the journal without steps"]),
+    (["--held-out", "0", "--set", "load_best_model_at_end=true"], ["these options cannot be used", "save and eval strategy"]),
     (["--set", "weight_decai=1"], ["weight_decai", "not an option"]),
     (["--set", "lr_scheduler_type=wavy"], ["wavy"]),
     (["--set", "output_dir=x"], ["output_dir"]),
@@ -234,6 +297,18 @@ def test_bad_options(place, tmp_path, arguments, contains):
     assert not (tmp_path / "runs").exists() and not (tmp_path / "escape").exists()
 
 
+def test_names_are_tried_before_a_model_is_loaded(place, tmp_path, monkeypatch):
+    monkeypatch.setattr("ftkit.models.load_model", lambda *arguments, **options: pytest.fail("loaded"))
+    refused(train(write_lines(tmp_path / ".hidden.jsonl", [record("tab")]), "--root", tmp_path / "runs"), "'.hidden' is not a name", "by --name")
+    assert not (tmp_path / "runs").exists()
+
+
+def test_the_best_model_at_the_end(place, tmp_path):
+    result = train("words.jsonl", "--root", tmp_path, "--name", "best", "--steps", 4, "--set", "load_best_model_at_end=true")
+    assert result.exit_code == 0, result.output
+    assert yaml.safe_load((tmp_path / "best" / "config.yaml").read_text())["options"]["save_steps"] == 0.25
+
+
 @pytest.mark.parametrize("text, contains", [
     ("stepps: 3\nlearning-rat: 1\n", ["unknown options stepps, learning_rat", "batch_size"]),
     ("steps: many\n", ["--steps", "many"]),
@@ -242,6 +317,8 @@ def test_bad_options(place, tmp_path, arguments, contains):
     ("set: 3\n", ["set must hold"]),
     ("- steps\n", ["must hold options"]),
     ("steps: [\n", ["not valid YAML"]),
+    ("rank: true\n", ["rank is true", "no switch"]),
+    ("steps: yes\n", ["steps is true", "no switch"]),
     ("config: x.yaml\n", ["unknown option config"]),
 ])
 def test_bad_yaml(place, tmp_path, text, contains):
@@ -318,6 +395,58 @@ def test_a_run_without_a_sound_checkpoint(place, tmp_path):
     for path in tmp_path.glob("torn/checkpoint-*/adapter_model.safetensors"):
         path.write_bytes(path.read_bytes()[:-1])
     refused(ftkit("resume", tmp_path / "torn", "--steps", 2), "no sound checkpoint")
+
+
+@pytest.fixture(scope="module")
+def stopped(place):
+    "A run that was stopped at step 4."
+    from ftkit.control import send
+    folder = place / "runs" / "halfway"
+    with pytest.MonkeyPatch.context() as patch:
+        from ftkit import train as engine
+        logged = engine.Run._log_step
+        def stop(run, fields):
+            logged(run, fields)
+            if run.step == 3: send(run.folder, "stop")
+        patch.setattr(engine.Run, "_log_step", stop)
+        assert train("words.jsonl", "--name", "halfway", "--steps", 40, "--checkpoint-every", 1, "--held-out", 0).exit_code == 3
+    return folder, read_journal(folder)[-1]["step"]
+
+
+def test_fewer_steps_than_were_made_end_no_run(stopped):
+    folder, reached = stopped
+    before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    for steps in (1, reached):
+        refused(ftkit("resume", folder, "--steps", steps), f"has reached step {reached}, so --steps {steps} would end it")
+    assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
+
+
+@pytest.mark.parametrize("name, text, contains", [
+    ("config.yaml", "", ["config.yaml is damaged", "no settings"]),
+    ("config.yaml", "- 1\n", ["config.yaml is damaged"]),
+    ("config.yaml", "name: x\nmodel: {}\n", ["config.yaml is damaged", "is missing"]),
+    ("config.yaml", "a: [", ["config.yaml cannot be read"]),
+    ("tokenizer", None, ["tokenizer is missing"]),
+    ("tokenizer/tokenizer_config.json", "{", ["tokenizer holds no tokenizer"]),
+    ("data/train.parquet", None, ["train.parquet is missing"]),
+    ("data/train.parquet", "PAR1", ["train.parquet cannot be read"]),
+    ("data/prompts.jsonl", "{", ["prompts.jsonl cannot be read"]),
+])
+def test_a_damaged_run_is_told_in_one_line(stopped, tmp_path, name, text, contains):
+    folder = shutil.copytree(stopped[0], tmp_path / "run")
+    if text is not None: (folder / name).write_text(text)
+    elif (folder / name).is_dir(): shutil.rmtree(folder / name)
+    else: (folder / name).unlink()
+    refused(ftkit("resume", folder), *contains)
+
+
+def test_a_line_of_the_journal_that_is_no_event(stopped, tmp_path):
+    folder = shutil.copytree(stopped[0], tmp_path / "run")
+    with (folder / "journal.jsonl").open("a") as file:
+        file.write('{"what": "stopped"}\n{"note": "mine"}\n')
+    refused(ftkit("steer", folder, "pause"), "no process trains it", code=5)
+    refused(ftkit("steer", folder, "pause", "--wait", "nan"), "--wait", "not a finite number")
+    assert ftkit("resume", folder, "--steps", stopped[1] + 1).exit_code == 0
 
 
 # ---- demo, lab and test call what they should

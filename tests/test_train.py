@@ -1,7 +1,10 @@
 """What 00c_train.ipynb cannot hold comfortably: adapters, interrupts, damage, Hugging Face's own options."""
 import gc
 import json
+import os
 import signal
+import subprocess
+import sys
 import weakref
 
 import peft
@@ -161,6 +164,55 @@ def test_free_gives_the_model_back(tmp_path):
     assert seen() is None
 
 
+FREED = """
+import gc, sys
+import psutil, torch
+from transformers import LlamaConfig, LlamaForCausalLM
+from ftkit.models import tiny_tokenizer
+from ftkit.train import Run
+
+def mebibytes():
+    gc.collect()
+    return psutil.Process().memory_info().rss / 2**20
+
+def trained(width, layers):
+    tokenizer = tiny_tokenizer()
+    config = LlamaConfig(vocab_size=len(tokenizer), hidden_size=width, intermediate_size=2 * width, num_hidden_layers=layers, num_attention_heads=8)
+    options = dict(max_steps=1, save_strategy="no", per_device_train_batch_size=2, quiet=True)
+    return Run(LlamaForCausalLM(config), tokenizer, [dict(instruction="a", output="b")] * 2, root=sys.argv[1], **options).fit()
+
+trained(64, 1).free()  # what the libraries load once is not the run's
+before = mebibytes()
+run = trained(512, 8)
+during = mebibytes()
+run.free()
+print(before, during, mebibytes())
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only glibc is asked to give memory back")
+def test_free_gives_the_memory_back_to_the_system(tmp_path):
+    command = [sys.executable, "-c", FREED, str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)})
+    before, during, after = map(float, done.stdout.split("\n")[-2].split()) if done.returncode == 0 else pytest.fail(done.stderr[-2000:])
+    assert during - before > 150, "weights and moments of 17 million parameters were not there"
+    assert after - before < 0.3 * (during - before), (before, during, after)
+
+
+def test_evaluation_takes_no_more_rows_at_a_time_than_training(tmp_path, monkeypatch):
+    from ftkit import train
+    seen, loss_sum = {True: 0, False: 0}, train.loss_sum
+    def counted(model, batch, plan):
+        seen[torch.is_grad_enabled()] = max(seen[torch.is_grad_enabled()], len(batch["labels"]))
+        assert torch.is_grad_enabled() == model.training
+        return loss_sum(model, batch, plan)
+    monkeypatch.setattr(train, "loss_sum", counted)
+    run = new_run(tmp_path, per_device_train_batch_size=2, max_steps=1).fit()
+    assert len(run.held_out) > 2 and seen == {True: 2, False: 2}
+    run.evaluate()
+    assert seen[False] == 2
+
+
 def test_every_line_of_the_journal_is_json_with_the_common_fields(never_stopped):
     lines = [json.loads(line) for line in (never_stopped.folder / "journal.jsonl").read_text().splitlines()]
     assert all({"what", "step", "tokens", "time"} <= line.keys() for line in lines)
@@ -216,6 +268,20 @@ def test_options_that_would_do_nothing_are_refused(tmp_path):
     for option in (dict(packing=True), dict(torch_compile=True), dict(pad_to_multiple_of=8), dict(eval_steps=-1, eval_strategy="never")):
         with pytest.raises(FtkitError):
             new_run(tmp_path, **option)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("option", [
+    dict(learning_rate=float("nan")), dict(learning_rate="abc"), dict(num_train_epochs="abc"), dict(per_device_train_batch_size=0), dict(gradient_accumulation_steps=0),
+    dict(weight_decay="abc"), dict(seed=-1), dict(report_to="a_tracker"), dict(report_to="wandb"), dict(push_to_hub=True), dict(logging_strategy="no"), dict(name="two\nlines"), dict(name=""),
+])
+def test_wrong_values_are_found_before_there_is_a_folder(tmp_path, monkeypatch, option):
+    import transformers
+    monkeypatch.setattr("huggingface_hub.HfApi.whoami", lambda *arguments, **options: 1 / 0)
+    monkeypatch.setattr(transformers.integrations.integration_utils, "is_wandb_available", lambda: False)
+    with pytest.raises(FtkitError) as error:
+        new_run(tmp_path, **option)
+    assert next(iter(option)) in str(error.value) or "is not a name" in str(error.value)
     assert not list(tmp_path.iterdir())
 
 
