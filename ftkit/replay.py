@@ -25,7 +25,7 @@ import torch
 from fastcore.basics import patch
 
 from .checkpoint import checkpoints, rng_state, set_rng_state, verify_folder
-from .control import read_journal
+from .control import ACTIONS, read_journal
 from .core import write_atomic
 from .curves import Curves, _drawing, _figure, draw
 from .data import FtkitError, printable
@@ -63,16 +63,22 @@ def held(
     return rate
 
 # %% ../nbs/00d_replay.ipynb #begun
+def _given(event: dict, name: str, *kinds: type):
+    "A field of an event, None for one of another kind: whoever may write to a folder may write anything."
+    return value if type(value := event.get(name)) in kinds else None
+
+
 def _begun(line: Timeline, event: dict):
-    step, held = event["step"], event.get("held")
+    step, held, back = event["step"], _given(event, "held", int, float), _given(event, "back_from", int)
     line.end = line.state = line.weights = None
     if line.start is None: line.start, line._held = step, held
-    if event.get("back_from", line._reached) > step: line.detours.append((event.get("back_from", line._reached), step))
+    reached = line._reached if back is None else back
+    if reached > step: line.detours.append((reached, step))
     line._reached = step
     line.actions = {s: kept for s, actions in line.actions.items() if s <= step and (kept := [a for a in actions if s < step or a[0] != "lr"])}
     line._resets = {s for s in line._resets if s < step}
     if line.held(step) != held: line.actions.setdefault(step, []).append(("lr", "schedule" if held is None else held))
-    _change(line, step, event.get("options") or {}, event.get("before") or {})
+    _change(line, step, _given(event, "options", dict) or {}, _given(event, "before", dict) or {})
 
 # %% ../nbs/00d_replay.ipynb #change
 def _change(line: Timeline, step: int, options: dict, before: dict):
@@ -84,21 +90,22 @@ def _change(line: Timeline, step: int, options: dict, before: dict):
 
 # %% ../nbs/00d_replay.ipynb #notes
 def _reset(line: Timeline, event: dict):
-    step = event["step"]
+    step, new = event["step"], _given(event, "new", int, float)
+    if new is None: return
     line._resets.add(step)
     line.actions = {s: kept for s, actions in line.actions.items() if (kept := [a for a in actions if s != step or a[0] != "lr"])}
-    _change(line, step, {"learning_rate": event["new"]}, {"learning_rate": event["old"]})
+    _change(line, step, {"learning_rate": new}, {"learning_rate": event.get("old")})
 
 
 def _did(line: Timeline, event: dict):
-    if event.get("status") != "applied" or event["action"] in ("pause", "resume", "stop", "rewind"): return
+    if event.get("status") != "applied" or _given(event, "action", str) not in ACTIONS or event["action"] in ("pause", "resume", "stop", "rewind"): return
     line.actions.setdefault(event["step"], []).append((event["action"], event.get("value")))
 
 
 def _stepped(line: Timeline, event: dict): line._reached = event["step"]
 
 
-def _ended(line: Timeline, event: dict): line.end, line.state, line.weights = event["step"], event["what"], event.get("weights")
+def _ended(line: Timeline, event: dict): line.end, line.state, line.weights = event["step"], event["what"], _given(event, "weights", str)
 
 # %% ../nbs/00d_replay.ipynb #timeline
 _NOTED = dict(start=_begun, resume=_begun, rewind=_begun, learning_rate_at_resume=_reset, control=_did, step=_stepped) | dict.fromkeys(("finished", "stopped", "interrupted"), _ended)
@@ -110,7 +117,7 @@ def timeline(
     "What survives of the course of a run after all rewinds and resumes."
     line = Timeline()
     for event in history:
-        if event.get("what") in _NOTED and type(event.get("step")) is int: _NOTED[event["what"]](line, event)
+        if _given(event, "what", str) in _NOTED and type(event.get("step")) is int: _NOTED[event["what"]](line, event)
     return line
 
 # %% ../nbs/00d_replay.ipynb #timeline-repr
@@ -146,6 +153,7 @@ def _copy_parts(folder: Path, new: Path, names: list[str], **config):
 def _beginning(folder: Path, first: int) -> list[str]:
     "The folders that a run begins with."
     name = f"checkpoint-{first}"
+    if not (folder / name).is_dir(): raise FtkitError(f"{folder} cannot be repeated: {name}, its beginning, is not there; save_strategy='no' keeps none")
     problems = verify_folder(folder / name)
     if problems: raise FtkitError(f"{folder} cannot be repeated: {name}, its beginning, is not sound ({problems[0]})")
     return ["data", "tokenizer", name]
@@ -203,6 +211,9 @@ def _other_circumstances(config: dict, device: torch.device) -> str:
     return "; what differs here: " + ", ".join(changed) if changed else ""
 
 # %% ../nbs/00d_replay.ipynb #verdict
+_OTHERS = "If it draws random numbers (dropout), another cell or another run that drew some in the same process while a step was under way is a cause too: start(detached=True) keeps them apart."
+
+
 def _verdict(folder: Path, run: Run) -> str:
     line, again, device = timeline(read_journal(folder)), timeline(run.history), next(run.model.parameters()).device
     lines = [f"{printable(one.name)}: {told.state} after step {told.end}, weights {told.weights}" for one, told in ((folder, line), (run.folder, again))]
@@ -210,7 +221,7 @@ def _verdict(folder: Path, run: Run) -> str:
     apart = _difference(_saved_at(run.folder, again), _saved_at(folder, line), run.folder / f"checkpoint-{line.start}")
     told = f"differ by {apart:.2g} of the way that training moved them"
     if device.type != "cpu" and apart <= TOLERANCE: return "\n".join([*lines, f"The weights {told}, within the tolerance of {TOLERANCE:g} on {device.type}."])
-    return "\n".join([*lines, f"NOT EQUAL: the weights {told}{_other_circumstances(_read_config(folder), device)}."])
+    return "\n".join([*lines, f"NOT EQUAL: the weights {told}{_other_circumstances(_read_config(folder), device)}.", _OTHERS])
 
 # %% ../nbs/00d_replay.ipynb #replay
 def replay(
@@ -241,7 +252,7 @@ def _surviving(history: list[dict]) -> list[dict]:
     "The events without those that a rewind or a resume set aside."
     kept = []
     for event in history:
-        if event.get("what") in ("start", "resume", "rewind"): kept = [e for e in kept if (e.get("step") or 0) <= event["step"]]
+        if event.get("what") in ("start", "resume", "rewind") and type(event.get("step")) is int: kept = [e for e in kept if (_given(e, "step", int) or 0) <= event["step"]]
         kept.append(event)
     return kept
 
@@ -280,7 +291,7 @@ def _rehearse(run: Run | Path, place: Path, folder: Path, model) -> int:
     begun = bool(checkpoints(place)) or not isinstance(run, Run)
     parts = _beginning(place, first) if begun else ["data", "tokenizer"]
     folder.mkdir()
-    _copy_parts(place, folder, parts, model=config["model"] | dict(name=name), options=options | _REHEARSAL)
+    _copy_parts(place, folder, parts, model=config["model"] | dict(name=name), options=options | _REHEARSAL, rate_given=getattr(run, "_rate_given", config.get("rate_given")))
     if not begun: _write_beginning(run, folder)
     return first
 
@@ -394,7 +405,7 @@ def prove_resume(
 ) -> ResumeProof:  # also printed
     "Straight against saved and resumed in a fresh process, compared bit for bit. Needs memory for the model once more; the run is not touched."
     place = Path(getattr(run, "folder", run))
-    if steps < 2: raise FtkitError(f"prove_resume needs at least 2 steps, one before the save and one after it; got {steps}")
+    if type(steps) is not int or steps < 2: raise FtkitError(f"prove_resume needs at least 2 steps, a whole number, one before the save and one after it; got {steps!r}")
     if getattr(run, "is_training", False): raise FtkitError(f"{place} is being trained: wait for it or stop it first")
     on_cpu = _read_config(place)["model"]["device"] == "cpu"
     with tempfile.TemporaryDirectory(prefix="ftkit-") as temporary:
@@ -423,7 +434,7 @@ _MISSING = "–"
 
 def _config_differences(configs: list[dict]) -> dict[str, list]:
     "The settings that are not the same in all, with the value of each."
-    flat = [_flat({name: value for name, value in config.items() if name not in ("name", "created")}) for config in configs]
+    flat = [_flat({name: value for name, value in config.items() if name not in ("name", "created", "rate_given")}) for config in configs]
     names = dict.fromkeys(name for one in flat for name in one)
     rows = {name: [one.get(name, _MISSING) for one in flat] for name in names}
     return {name: values for name, values in rows.items() if any(value != values[0] for value in values)}
@@ -431,7 +442,7 @@ def _config_differences(configs: list[dict]) -> dict[str, list]:
 # %% ../nbs/00d_replay.ipynb #outcome
 def _outcome(history: list[dict]) -> dict:
     kept, line = _surviving(history), timeline(history)
-    losses, held = ([e[key] for e in kept if e.get("what") == what] for what, key in (("step", "loss"), ("evaluate", "held_out_loss")))
+    losses, held = ([e[key] for e in kept if e.get("what") == what and _given(e, key, int, float) is not None] for what, key in (("step", "loss"), ("evaluate", "held_out_loss")))
     return {
         "state": line.state or "not ended", "steps": line._reached if line.end is None else line.end,
         "tokens": next((e["tokens"] for e in reversed(kept) if e.get("tokens") is not None), 0),

@@ -43,7 +43,7 @@ from transformers.trainer_callback import ExportableState, PrinterCallback
 from trl import SFTConfig, SFTTrainer
 
 from .checkpoint import checkpoints, load_optimizer, load_rng, newest_checkpoint, paged_again, remove_folder, rng_state, save_optimizer, save_rng, set_rng_state, sweep_temporary, verify_folder, write_folder
-from .control import Control, Journal, RemoteControl, read_journal
+from .control import Control, Journal, RemoteControl, confirmation, read_journal, send, utc_now
 from .core import cache_dir, pick_device, pick_dtype, require, write_atomic
 from .data import FtkitError, collate, encode_data, encode_prompt, fingerprint, load_records, printable
 from .lens import lens
@@ -504,7 +504,7 @@ def _step_of(folder: Path) -> int: return int(folder.name.split("-")[-1])
 def _write_state(self: Trainer, folder: Path):
     save_weights(self.model, folder)
     if self.optimizer is not None: save_optimizer(_bare(self.optimizer), self.model, folder)
-    state = dict(scheduler=_plain_state(self.lr_scheduler), rate=self.args.learning_rate, held=self.run.held_learning_rate, tokens=self.run.tokens, trained=self.run.trained)
+    state = dict(scheduler=_plain_state(self.lr_scheduler), rate=self.args.learning_rate, held=self.run.held_learning_rate, tokens=self.run.tokens, trained=self.run.trained, given=self.run._rate_given)
     if self.accelerator.scaler is not None: state["scaler"] = self.accelerator.scaler.state_dict()
     (folder / "ftkit.json").write_text(json.dumps(state, indent=1))
     save_rng(folder)
@@ -569,7 +569,7 @@ def _load_optimizer_and_scheduler(self: Trainer, checkpoint):
         self.lr_scheduler.load_state_dict(state["scheduler"])
     self.run.held_learning_rate, self.run.tokens, self.run.trained = state["held"], state["tokens"], state["trained"]
     self.run._counted = (self.run.tokens, self.run.seconds)
-    if self.args.learning_rate != state["rate"]: self._start_from_rate(self.args.learning_rate, state["rate"])
+    if self.args.learning_rate != state["rate"] or self.run._rate_given != state.get("given"): self._start_from_rate(self.args.learning_rate, state["rate"])
     self._follow_schedule()
 
 
@@ -591,13 +591,17 @@ def _load_scaler(self: Trainer, checkpoint):
 # %% ../nbs/00c_train.ipynb #rate-at-resume
 @patch
 def _start_from_rate(self: Trainer, rate: float, old: float):
-    scheduler, optimizer = self.lr_scheduler, _bare(self.optimizer)
-    if not hasattr(scheduler, "lr_lambdas"): raise FtkitError(f"a learning rate at resume cannot win over {type(scheduler).__name__}; set it by hand while the run is going on (lr=...)")
-    scheduler.base_lrs = [rate * _factor(group) for group in optimizer.param_groups]
-    for group, base in zip(optimizer.param_groups, scheduler.base_lrs): group["initial_lr"] = base
+    scheduler, optimizer, held = self.lr_scheduler, _bare(self.optimizer), self.run.held_learning_rate
+    if rate == old and held is None: return
+    if rate != old:
+        if not hasattr(scheduler, "lr_lambdas"): raise FtkitError(f"a learning rate at resume cannot win over {type(scheduler).__name__}; set it by hand while the run is going on (lr=...)")
+        scheduler.base_lrs = [rate * _factor(group) for group in optimizer.param_groups]
+        for group, base in zip(optimizer.param_groups, scheduler.base_lrs): group["initial_lr"] = base
     self.run.held_learning_rate = None
-    self.run.say(f"learning rate {rate:g}, given at resume, wins over the saved schedule's {old:g}; the schedule keeps its shape")
+    lost = f"the saved schedule's {old:g}" if rate != old else f"the {held:g} that was held by hand"
+    self.run.say(f"learning rate {rate:g}, given at resume, wins over {lost}; the schedule keeps its shape")
     self.run.journal.write("learning_rate_at_resume", step=self.state.global_step, tokens=self.run.tokens, old=old, new=rate)
+
 
 # %% ../nbs/00c_train.ipynb #follow-schedule
 @patch
@@ -836,6 +840,7 @@ def _attach(self: Run, folder: Path):
     self.trainer, self.state, self._stopping, self._interrupted, self._deferred = None, "new", False, False, []
     self.step = self.tokens = self.trained = 0  # tokens: real ones, no padding
     self.held_learning_rate = self.learning_rate = self.scheduled_learning_rate = self._changed = self._new_options = self._old_options = None
+    self._rate_given, self._new_rate = None, False  # when a rate was given at a resume; whether it is not yet trained with
     self.seconds, self._began, self._counted, self._bar, self._last = 0.0, 0.0, (0, 0.0), None, {}
     self._ring, self._disk, self._rewind_to, self._script, self._answers, self._trouble = _Ring(), _Pace(), None, {}, {}, None
     self._thread = self._worker = self._error = self._marked = None  # worker: the thread that trains
@@ -1189,7 +1194,7 @@ def _at_rest(self: Run):
     with self._model_lock:
         self._check_paused()
         self._check_model()
-        checkpoint = None if self._holder is self else newest_checkpoint(self.folder)[0]
+        checkpoint = None if self._holder is self else _newest_state(self.folder)[0]
         if checkpoint: load_weights(self.model, checkpoint)
         self._hold_model()
         yield
@@ -1277,6 +1282,7 @@ def _do_pause(self: Run, request):
 @patch
 def _do_resume(self: Run, request):
     if self.state != "paused": return "the run is not paused"
+    if self._trouble: return "the weights are spoilt: rewind to an earlier step first, or stop"
     self.state = "running"
 
 # %% ../nbs/00c_train.ipynb #do-stop
@@ -1369,6 +1375,14 @@ def _thin(self: Run, most: int):
     kept = checkpoints(self.folder / "snapshots")
     while len(kept) > most: remove_folder(kept.pop(_dispensable([*map(_step_of, kept)])))
 
+# %% ../nbs/00c_train.ipynb #is-gone
+def _is_gone(folder: Path) -> bool:
+    "Whether the system says that it is not there."
+    try: folder.stat()
+    except OSError as error: return isinstance(error, (FileNotFoundError, NotADirectoryError))
+    return False
+
+
 # %% ../nbs/00c_train.ipynb #hold
 @patch
 def _hold(self: Run, between_micro_batches: bool):
@@ -1379,6 +1393,7 @@ def _hold(self: Run, between_micro_batches: bool):
         self._model_lock.release()  # now others may ask the model
         try: self.control.wait(0.5)
         finally: self._model_lock.acquire()
+        if _is_gone(self.folder): raise FtkitError(f"{self.folder} was removed while the run was paused, so it ends here")
         self._take(between_micro_batches)
     set_rng_state(own)
     self._spent["paused"] += time.perf_counter() - entered - (sum(self._spent.values()) - spent)
@@ -1489,17 +1504,36 @@ def _forget_after(self: Run, step: int):
     for later in checkpoints(self.folder / "snapshots"):
         if _step_of(later) > step: remove_folder(later)
 
+# %% ../nbs/00c_train.ipynb #newest-state
+def _newest_state(folder: Path) -> tuple[Path | None, list[str]]:
+    "The newest sound checkpoint or snapshot; a line for each newer checkpoint that was passed over."
+    (checkpoint, reasons), (snapshot, _) = newest_checkpoint(folder), newest_checkpoint(folder / "snapshots")
+    if snapshot and (checkpoint is None or _step_of(snapshot) > _step_of(checkpoint)): return snapshot, reasons
+    return checkpoint, reasons
+
+
+@patch
+def _as_checkpoint(self: Run, state: Path) -> Path:
+    "The state among the checkpoints, what is damaged set aside."
+    place = self.folder / state.name
+    for bad in checkpoints(self.folder):
+        if bad != state and _step_of(bad) >= _step_of(state): os.replace(bad, bad.with_name(f".{bad.name}.damaged-{time.time_ns()}"))
+    if state == place: return place
+    os.replace(state, place)
+    self.journal.write("checkpoint", step=_step_of(place), tokens=json.loads((place / "ftkit.json").read_text())["tokens"], folder=place.name)
+    return place
+
+
 # %% ../nbs/00c_train.ipynb #newest
 @patch
 def _newest(self: Run) -> Path | None:
     for place in (self.folder, self.folder / "snapshots"): sweep_temporary(place)
-    checkpoint, reasons = newest_checkpoint(self.folder)
+    state, reasons = _newest_state(self.folder)
     for reason in reasons: self.say(f"passed over: {reason}")
-    if checkpoint is None and (reasons or self.step): raise FtkitError(f"{self.folder} has no sound checkpoint to go on from; start a new run")
-    found = checkpoints(self.folder)
-    for bad in found[found.index(checkpoint) + 1:] if checkpoint else []: os.replace(bad, bad.with_name(f".{bad.name}.damaged-{time.time_ns()}"))
+    if state is None and (reasons or self.step): raise FtkitError(f"{self.folder} has no sound checkpoint to go on from; start a new run")
     if self._changed: write_atomic(self.folder / "config.yaml", _yaml(self._changed))
-    return checkpoint
+    return state and self._as_checkpoint(state)
+
 
 # %% ../nbs/00c_train.ipynb #fit-begin
 @patch
@@ -1515,7 +1549,7 @@ def _begin(self: Run, checkpoint: Path | None):
     self._forget_after(step)
     facts = dict(process=os.getpid(), host=socket.gethostname(), run=self.folder.name, held=held, options=self._new_options, before=self._old_options, paused=self.state == "paused")
     self.journal.write("resume" if checkpoint else "start", step=step, tokens=self.tokens, **facts)
-    self._new_options = self._old_options = None
+    self._new_options, self._old_options, self._new_rate = None, None, False
     self._begun.set()
     if checkpoint: self.say(f"{self.folder}: going on from {checkpoint.name}")
     else: self.say(f"{self.folder}: {len(self.data):,} rows, {self.plan.reason}")
@@ -1546,7 +1580,7 @@ def _mark(self: Run):
 @patch
 def _save_newest(self: Run):
     "The state after the last whole step as a checkpoint."
-    if self._marked is None: return
+    if self._marked is None or _is_gone(self.folder): return
     random, self.tokens, self.trained = self._marked
     set_rng_state(random)
     self.trainer._save_checkpoint(self.trainer.model)
@@ -1689,7 +1723,7 @@ def wait(
     return self
 
 # %% ../nbs/00c_train.ipynb #detach
-_DETACHED = "import json, sys; from ftkit.train import Run; Run.open(sys.argv[1], **json.loads(sys.argv[2])).start(paused=sys.argv[3] == 'True').wait()"
+_DETACHED = "import json, sys; from ftkit.train import Run; Run.open(sys.argv[1], quiet=True, **json.loads(sys.argv[2])).start(paused=sys.argv[3] == 'True').wait()"
 
 
 def _is_named(name: str, model=None) -> bool:
@@ -1705,11 +1739,14 @@ def _detach(self: Run, paused: bool) -> "Run":
     if checkpoints(self.folder):
         with self._locked(): pass  # nobody trains it
     else: self._write_first_checkpoint()
-    options, since = {name: self.options[name] for name in self._new_options or ()}, len(self.history)
-    with open(self.folder / "detached.log", "ab") as log:
+    new, since = [*(self._new_options or ()), *("learning_rate" for _ in range(self._new_rate))], len(self.history)
+    options = {name: self.options[name] for name in new}
+    with open(self.folder / "detached.log", "wb") as log:
         command = [sys.executable, "-c", _DETACHED, str(self.folder.resolve()), json.dumps(options), str(paused)]
         process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True)
+    self.journal.write("launching", step=self.step, tokens=self.tokens, process=process.pid, host=socket.gethostname())
     self.control, self.state, self._error, self._new_options, self._old_options = RemoteControl(self.folder), "detached", None, None, None
+    self._new_rate = False
     self._thread = threading.Thread(target=self._watch, args=(process, since), name=f"ftkit {self.folder.name}", daemon=True)
     self._thread.start()
     return self
@@ -1740,9 +1777,10 @@ def _watch(self: Run, process: subprocess.Popen, since: int):
 @patch
 def _tell_failure(self: Run, code: int) -> dict:
     "The journal's line of a process that could not write one itself."
-    lines = (self.folder / "detached.log").read_text(encoding="utf-8", errors="replace").strip().splitlines()
+    said = (self.folder / "detached.log").read_text(encoding="utf-8", errors="replace").strip()
+    lines = said.splitlines()
     why = f"ended by signal {-code}" if code < 0 else printable(lines[-1]) if lines else f"ended with code {code}"
-    return self.journal.write("failed", step=self.step, tokens=self.tokens, error=why, advice=_advice(Exception(why), self))
+    return self.journal.write("failed", step=self.step, tokens=self.tokens, error=why, traceback=said[-8000:], advice=_advice(Exception(why), self))
 
 # %% ../nbs/00c_train.ipynb #branch
 @patch
@@ -1766,14 +1804,41 @@ def _branch(self: Run, at, name, options: dict) -> "Run":
     _sft_config(self.model, "unused", self.held_out is not None, {**self.options, **options}), _yaml(options)
     if at is not None: self._check_kept(at)
     if self.is_training:
+        if at is None and self.options.get("save_strategy") == "no": self.control.checkpoint()
         self.control.stop()
         self.wait()
+    else: self._stop_elsewhere()
     at = max(self.rewindable(), default=0) if at is None else at
     self._check_kept(at)
     folder = _make_folder(self.folder.parent, name)
     self._copy_to(folder, at)
     self.journal.write("branch", step=at, tokens=self.tokens, into=folder.name)
     return Run.open(folder, self.model, self.tokenizer, tuple(self.callbacks), self.quiet, **options)
+
+# %% ../nbs/00c_train.ipynb #stop-elsewhere
+@patch
+def _stop_elsewhere(self: Run, patience: float = 120.0):
+    "End this run where somebody else trains it, another process perhaps."
+    import filelock
+    lock, refusal = filelock.FileLock(self.folder / ".lock"), FtkitError(f"{self.folder} is being trained elsewhere and did not end when it was asked to; stop it first: ftkit steer {self.folder} stop")
+    with contextlib.suppress(filelock.Timeout):
+        with lock.acquire(timeout=0): return
+    answer = confirmation(self.folder, send(self.folder, "stop", "branch"), patience)
+    if answer is None or answer["status"] != "applied": raise refusal
+    try:
+        with lock.acquire(timeout=patience): self._ring = _Ring()  # of an earlier course
+    except filelock.Timeout: raise refusal from None
+
+
+# %% ../nbs/00c_train.ipynb #let-go
+@patch
+def _let_go(self: Run):
+    "Give up trainer, optimizer and snapshots, if the newest step is on disk."
+    import gc
+    if self.is_training or self._on_disk(self.step) is None: return
+    self.trainer, self._ring = None, _Ring()
+    gc.collect()
+
 
 # %% ../nbs/00c_train.ipynb #copy-to
 @patch
@@ -1799,11 +1864,11 @@ def open(
     callbacks: tuple = (),  # Hugging Face `TrainerCallback`s; they are not saved with a run
     quiet: bool = False,  # print nothing
     **options,  # of `SFTConfig`; they win over the saved ones
-) -> Run:  # `fit` goes on where the newest sound checkpoint is
+) -> Run:  # `fit` goes on where the newest sound checkpoint or snapshot is
     "Take up a run from its folder. Raises `FtkitError` if there is nothing to go on from, or if its data was changed."
     folder = Path(folder)
     config = _read_config(folder)
-    checkpoint, reasons = newest_checkpoint(folder)
+    checkpoint, reasons = _newest_state(folder)
     if checkpoint is None: raise FtkitError(f"{folder} has no sound checkpoint to go on from" + (f": {reasons[0]}" if reasons else ""))
     _check_further(folder, config, _step_of(checkpoint), options)
     if tokenizer is None: tokenizer = _read_tokenizer(folder)
@@ -1839,10 +1904,12 @@ def _model_of(folder: Path, config: dict, checkpoint: Path, model, options: dict
 # %% ../nbs/00c_train.ipynb #note-changes
 @patch
 def _note_changes(self: Run, config: dict, options: dict):
-    before = config["options"]
-    self._changed = {**config, "options": self.options} if options else None
+    before, self._new_rate = config["options"], "learning_rate" in options
+    self._rate_given = utc_now() if self._new_rate else config.get("rate_given")
+    self._changed = {**config, "options": self.options, "rate_given": self._rate_given} if options else None
     self._new_options = {name: value for name, value in options.items() if before.get(name) != value} or None
     self._old_options = {name: before.get(name) for name in self._new_options or ()} or None
+
 
 # %% ../nbs/00c_train.ipynb #read-config
 _CONFIG = dict(name=str, model=dict, method=str, data=dict, options=dict, allow=list, compile=bool, loss=str, versions=dict)

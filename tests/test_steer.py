@@ -1,6 +1,7 @@
 """Hostile hands on a run in the background: talk, rewinds, failures, kills, second starts, processes of their own; and that replay and proof can fail."""
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -11,6 +12,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import peft
+import psutil
 import pytest
 import torch
 from transformers import EarlyStoppingCallback, TrainerCallback
@@ -101,6 +103,18 @@ def whole(tmp_path_factory, one_thread):
     "The run that nobody touched: what it computed, and the hash of its end."
     run = new_run(tmp_path_factory.mktemp("whole")).fit()
     return SimpleNamespace(course=course(run), hash=weights_hash(run.model), folder=run.folder)
+
+
+@pytest.fixture(autouse=True)
+def no_process_stays(tmp_path):
+    "A test that is cut off leaves no process of its own training on."
+    yield
+    for folder in (path.parent for path in tmp_path.rglob("journal.jsonl")):
+        for number in {e["process"] for e in read_journal(folder) if e.get("process") not in (None, os.getpid())}:
+            try:
+                process = psutil.Process(number)
+                if str(folder.name) in " ".join(process.cmdline()) or str(tmp_path) in " ".join(process.cmdline()): process.kill()
+            except psutil.Error: pass
 
 
 @pytest.fixture
@@ -311,6 +325,22 @@ def test_back_under_a_limit_of_one_checkpoint(tmp_path, whole, snapshots_each_st
     assert is_whole(run, whole) and [f.name for f in checkpoints(run.folder)] == ["checkpoint-0", "checkpoint-8"]
 
 
+@pytest.mark.parametrize("strategy", ["steps", "no"])
+def test_a_kill_loses_no_step_that_is_on_disk(tmp_path, whole, snapshots_each_step, strategy):
+    run = new_run(tmp_path, {7: [("pause", None)]}, save_strategy=strategy).start()
+    hand = paused_at(run, 7)
+    shutil.copytree(run.folder, tmp_path / "killed")  # what a kill leaves
+    hand.stop(), run.wait()
+    newest = checkpoints(tmp_path / "killed" / "snapshots")[-1]
+    assert newest.name == "checkpoint-7"
+    again = opened(tmp_path / "killed")
+    assert again.step == 7
+    (newest / "rng.json").write_text("{}")  # and one that is damaged is passed over
+    again = opened(tmp_path / "killed")
+    assert again.step == 6 and again.start().wait().step == 8
+    assert is_whole(again, whole) and [e["step"] for e in again.history if e["what"] == "resume"] == [6]
+
+
 def test_back_to_a_damaged_checkpoint_is_refused_and_the_run_goes_on(tmp_path, whole):
     def damage(): (run.folder / "checkpoint-2" / "rng.json").write_text("{}")
     run = new_run(tmp_path, {5: [("rewind", 2)]}, save_steps=2, callbacks=(On("on_step_begin", 4, damage),))
@@ -367,6 +397,7 @@ def test_a_loss_that_is_no_number_pauses_a_steered_run(tmp_path, whole, snapshot
     hand = paused_at(run, 6)  # the step that was logged; spoilt are 4 and 5 too
     assert hand.answered(hand.checkpoint()) and hand.history[-1].status == "refused"
     assert [s for s in run._ring.steps() if s > 3] == []
+    assert hand.answered(hand.resume()) and "weights are spoilt" in hand.history[-1].reason and run.state == "paused"
     hand.rewind(3), hand.resume()
     assert (run.wait().state, weights_hash(run.model)) == ("finished", whole.hash)
 
@@ -395,6 +426,16 @@ def test_an_interrupt_ends_only_the_waiting(tmp_path, whole):
     assert run.is_training
     run.control.resume()
     assert is_whole(run.wait(), whole)
+
+
+def test_a_pause_ends_when_its_folder_is_removed(tmp_path):
+    run = new_run(tmp_path, {4: [("pause", None)]}).start()
+    paused_at(run, 4)
+    shutil.rmtree(run.folder)
+    until(lambda: not run.is_training)
+    with pytest.raises(FtkitError, match="was removed while the run was paused"):
+        run.wait()
+    assert run.state == "failed" and not run.folder.exists()
 
 
 # ---- twice
@@ -495,6 +536,38 @@ def test_a_branch_waits_while_its_trunk_is_asked(tmp_path, monkeypatch, snapshot
     assert seen == [[]] and weights_hash(twig.wait().model) == alone
 
 
+def test_a_rate_given_at_a_resume_ends_the_hands_also_where_it_is_the_schedules(tmp_path):
+    trunk = new_run(tmp_path, {3: [("lr", 1e-4)], 5: [("stop", None)]}).fit()
+    twig = trunk.branch(name="twig", learning_rate=OPTIONS["learning_rate"]).fit()
+    kept = trunk.branch(name="kept").fit()
+    again = opened(trunk.folder, learning_rate=OPTIONS["learning_rate"])
+    again._script = {7: [("rewind", 5)]}
+    assert again.fit().state == "finished"
+    for run, resets in ((twig, 1), (kept, 0), (again, 2)):
+        later = [e for e in run.history if e["what"] == "step" and e["step"] > 5]
+        assert {e["learning_rate"] == e["scheduled_learning_rate"] for e in later} == {bool(resets)}
+        assert len([e for e in run.history if e["what"] == "learning_rate_at_resume"]) == resets
+        assert weights_hash(replay(run, tiny_model("qwen")[0], quiet=True).model) == timeline(run.history).weights
+
+
+def test_a_branch_ends_the_run_also_where_another_object_trains_it(tmp_path, monkeypatch, snapshots_each_step):
+    run = new_run(tmp_path, {4: [("pause", None)]}).start()
+    paused_at(run, 4)
+    other = opened(run.folder)
+    monkeypatch.setattr(training, "confirmation", lambda *args: None)
+    with pytest.raises(FtkitError, match="did not end when it was asked to"):
+        other.branch(at=2)
+    monkeypatch.undo()
+    twig = other.branch(at=2)
+    assert not run.is_training and run.state == "stopped" and twig.fit().state == "finished"
+
+
+def test_a_branch_of_a_run_that_saves_nothing(tmp_path):
+    run = new_run(tmp_path, {4: [("pause", None)]}, save_strategy="no").start()
+    paused_at(run, 4)
+    assert run.branch().step == run.step == 4
+
+
 @pytest.mark.parametrize("wrong", [dict(learning_rat=1), dict(name="../x"), dict(at=77), dict(packing=True), dict(warmup_steps=object())])
 def test_a_branch_that_cannot_be_is_refused_before_anything_happens(tmp_path, wrong):
     run = new_run(tmp_path).start(paused=True)
@@ -592,6 +665,7 @@ def test_detached_it_tells_why_it_cannot_begin(tmp_path, base):
     with pytest.raises(FtkitError, match="failed: .*gone"):
         run.wait()
     assert run.state == "failed" and "gone" in run.history[-1]["error"] and run.history[-1]["what"] == "failed"
+    assert "Traceback" in run.history[-1]["traceback"] and run.history[0]["what"] == "checkpoint" and run.history[1]["what"] == "launching"
     (run.folder / "config.yaml").write_text(text)
     assert run.fit().state == "finished"
     for refused, words in ((new_run(tmp_path), "made in memory"), (new_run(tmp_path, model=named(base), callbacks=(On("on_step_end", 1, pull),)), "callbacks")):
@@ -604,6 +678,8 @@ def test_detached_it_tells_why_it_cannot_begin(tmp_path, base):
 def test_detached_and_killed(tmp_path, whole, base):
     run = new_run(tmp_path, model=named(base)).start(paused=True, detached=True)
     until(lambda: any(e["what"] == "plan" for e in run.history), 120)
+    time.sleep(1.2)  # twice a bar's turn
+    assert "step" not in (run.folder / "detached.log").read_text()
     os.kill(next(e["process"] for e in run.history if e["what"] == "resume"), signal.SIGKILL)
     with pytest.raises(FtkitError, match="signal 9"):
         run.wait()

@@ -65,7 +65,7 @@ def take_pictures(notebook, out: Path):
     open_tab(page, "Chat")
     chat(page, "the base")
     chat(page, "the model now")
-    take(notebook, out / "panel-paused.png", ".ftk-panel")
+    take(notebook, out / "panel-paused.png", ".ftk-panel:visible")
     open_tab(page, "Loss lens")
     page.locator(".ftk-lens-mode select").select_option(label="change since step")
     page.locator(".ftk-lens-since select").select_option(label="0")
@@ -75,7 +75,7 @@ def take_pictures(notebook, out: Path):
     branch(page, "6", "4e-4", "tickets-gentle")
     page.locator(".ftk-state", has_text="tickets-gentle").wait_for(timeout=300_000)
     wait_for_step(page, 26)
-    take(notebook, out / "panel-branch.png", ".ftk-panel", above=TABS)
+    take(notebook, out / "panel-branch.png", ".ftk-panel:visible", above=TABS)
 
 
 def wait_for_step(page, step: int):

@@ -97,8 +97,9 @@ def run(folder):
 # ---- helpers
 
 def part(notebook, name, inside=""):
-    "A part of the panel that was shown last."
-    return notebook.page.locator(f".ftk-{name} {inside}".strip()).last
+    "A part of the panel that was shown last; the picture in its place is hidden while it lives."
+    seen = ":visible" if name == "panel" else ""
+    return notebook.page.locator(f".ftk-{name}{seen} {inside}".strip()).last
 
 
 def until(notebook, condition, what, seconds=60):
@@ -257,7 +258,7 @@ def test_pictures_at_two_widths_and_in_two_themes(notebook, pictures, run):
         texts.add(part(notebook, "plot", "svg text").evaluate("text => getComputedStyle(text).fill"))
         for width in (1280, 800):
             notebook.resize(width)
-            notebook.picture(pictures / f"panel-{name}-{width}.png", ".ftk-panel")
+            notebook.picture(pictures / f"panel-{name}-{width}.png", ".ftk-panel:visible")
             outside = part(notebook, "panel").evaluate("""panel => [...panel.querySelectorAll('button, input, select, textarea, svg, table, .ftk-facts span')].filter(
                 part => part.offsetParent !== null && part.getBoundingClientRect().right > panel.getBoundingClientRect().right).map(part => part.outerHTML.slice(0, 200))""")
             assert not outside, f"at {width} pixels these leave the panel"
@@ -270,6 +271,8 @@ def test_rewind(notebook, run):
     until(notebook, lambda: steps(run)[-1] > 8, "a step after the first checkpoint")
     pause(notebook, run)
     before, target = shown_step(notebook), 8
+    part(notebook, "rewind").click()
+    until(notebook, lambda: "choose a step first" in part(notebook, "actions").inner_text() and not events(run, "rewind"), "no step is chosen by itself")
     part(notebook, "rewind-step", "select").select_option(str(target))
     part(notebook, "rewind").click()
     back = until(notebook, lambda: events(run, "rewind"), "the rewind")[-1]
@@ -283,15 +286,15 @@ def test_rewind(notebook, run):
 
 
 def test_shown_twice_closed_and_shown_again(notebook, run):
-    shown = notebook.page.locator(".ftk-panel")
+    shown = notebook.page.locator(".ftk-panel:visible")
     notebook.run("run")
     until(notebook, lambda: shown.count() == 2, "two views")
     pause(notebook, run)
     until(notebook, lambda: {text.strip() for text in notebook.page.locator(".ftk-pause").all_inner_texts()} == {"Resume"}, "both say Resume")
     resume(notebook, run)
-    notebook.run("run._panel.close()")
+    notebook.run("panel(run).close()")
     until(notebook, lambda: notebook.page.locator(".ftk-pause").count() == 0, "no buttons")
-    assert notebook.page.locator(".ftk-panel svg").count() == 2, "pictures take their place"
+    assert notebook.page.locator(".ftk-panel:visible svg").count() == 2, "pictures take their place"
     goes_on(notebook, run, 1)
     notebook.run("run")
     pause(notebook, run)
@@ -335,7 +338,7 @@ def test_stop_keeps_an_adapter_that_plain_peft_loads(notebook, run, pictures):
     press(notebook, "stop", "stop: applied at step", run, "stop")
     until(notebook, lambda: "stopped" in part(notebook, "state").inner_text(), "it has stopped")
     until(notebook, lambda: any("stopped" in str(output["data"].get("text/html")) for output in notebook.outputs(-1) if "data" in output), "the cell keeps the final state")
-    notebook.picture(pictures / "panel-stopped.png", ".ftk-panel")
+    notebook.picture(pictures / "panel-stopped.png", ".ftk-panel:visible")
     from peft import PeftModel
 
     from ftkit.models import load_model
@@ -351,25 +354,42 @@ def test_branch_goes_on_in_a_run_of_its_own_and_both_are_drawn(notebook, run, pi
     part(notebook, "rewind-step", "select").select_option(str(target))
     part(notebook, "branch-lr", "input").fill("5e-5")
     part(notebook, "branch-name", "input").fill("twig")
+    part(notebook, "branch-options", "input").fill("max_steps=4000")
     trained = steps(run)
     part(notebook, "branch").click()
     until(notebook, lambda: twig.is_dir() and steps(twig), "steps of the branch", 120)
     assert steps(twig)[0] == target + 1 and events(twig, "step")[0]["learning_rate"] == pytest.approx(5e-5, rel=0.01)
+    until(notebook, lambda: f"branch into twig: applied at step {target}" in part(notebook, "actions").inner_text(), "said so")
+    assert events(twig, "plan")[-1]["total"] == 4000
     until(notebook, lambda: "twig" in (part(notebook, "plot", "svg").get_attribute("aria-label") or ""), "the panel shows the branch")
     drawn = lambda: part(notebook, "plot").inner_text()
     until(notebook, lambda: "this run" in drawn() and "colors" in drawn(), "both curves with their names")
     assert events(run, "branch")[-1]["into"] == "twig" and steps(run) == trained
-    notebook.picture(pictures / "panel-branch.png", ".ftk-panel")
+    notebook.picture(pictures / "panel-branch.png", ".ftk-panel:visible")
     press(notebook, "stop", "stop: applied at step", twig, "stop")
     until(notebook, lambda: (twig / "adapter" / "adapter_model.safetensors").exists(), "the branch's adapter")
     assert not notebook.errors
 
 
-def test_without_a_browser_the_notebook_holds_a_picture(tmp_path):
-    sources = [IMPORTS, HEADLESS, "run.wait()\nprint(run.state)"]
+def test_opened_again_without_its_kernel_the_notebook_shows_the_picture(notebook, pictures):
+    live = notebook.page.locator(".ftk-panel:visible").count()
+    notebook.save()
+    notebook.restart_kernel()
+    notebook.load()
+    until(notebook, lambda: notebook.page.locator("text=model not found").count() > 0, "the widgets are gone")
+    left = notebook.page.locator(".ftk-panel:visible")
+    until(notebook, lambda: left.count() >= live, "pictures in their place")
+    assert notebook.page.locator(".ftk-pause").count() == 0
+    assert "stopped" in left.last.inner_text() and left.last.locator("svg").count() == 1
+    notebook.picture(pictures / "panel-saved.png", ".ftk-panel:visible")
+
+
+@pytest.mark.parametrize("start, steps", [(HEADLESS, 5), (START.replace("max_steps=5000", "max_steps=3"), 3)], ids=["tiny", "the browser's own"])
+def test_without_a_browser_the_notebook_holds_a_picture(tmp_path, start, steps):
+    sources = [IMPORTS, start, "run.wait()\nprint(run.state)"]
     headless = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(source) for source in sources])
     NotebookClient(headless, timeout=300, kernel_name="python3", store_widget_state=False, resources={"metadata": {"path": str(tmp_path)}}).execute()
-    held = next(output["data"] for output in headless.cells[1].outputs if "text/html" in output.get("data", {}))
-    assert "<svg" in held["text/html"] and "finished" in held["text/html"] and "step 5 of 5" in held["text/html"]
-    assert held["text/plain"].startswith("small: finished. Curves of small, step 5: loss")
+    held = [output["data"] for output in headless.cells[1].outputs if "<svg" in output.get("data", {}).get("text/html", "")]
+    assert len(held) == 1 and "finished" in held[0]["text/html"] and f"step {steps} of {steps}" in held[0]["text/html"]
+    assert re.match(rf"\w+: finished. Curves of \w+, step {steps}: loss", held[0]["text/plain"])
     assert "widgets" not in headless.metadata and "<script" not in json.dumps(headless.cells[1].outputs)
