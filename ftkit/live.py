@@ -621,7 +621,7 @@ def _button(self: Panel, name: str, text: str, hint: str, press, icon: str = "")
 @patch
 def _make(self: Panel):
     self.head = self._part("state")
-    rows = [self._part("progress"), self._part("notice"), self._make_buttons(), self._make_rate(), self._make_back(), self._part("actions"), self._part("plot"), self._part("status"), self._part("notes")]
+    rows = [self._part("progress"), self._part("notice"), self._make_buttons(), self._make_rate(), *self._make_back(), self._part("actions"), self._part("plot"), self._part("status"), self._part("notes")]
     self.tabs = widgets.Tab([self._make_samples(), self._make_chat(), self._make_lens()], titles=("Samples", "Chat", "Loss lens"))
     self.children = [widgets.HTML(f"{STYLE}<style>.{self._mark}{{display:none}}</style>"), self.head, self._part("beat"), *rows, self.tabs]
     self._refresh_files()
@@ -696,9 +696,9 @@ def _make_back(self: Panel):
     rewind = self._button("rewind", "Rewind", ACTIONS["rewind"].replace(", `rewind=12`", " step"), self._rewind, "undo")
     rate = self._part("branch-lr", widgets.Text, "120px", placeholder="same", description="Rate", tooltip="the branch's learning rate; empty: this run's")
     name = self._part("branch-name", widgets.Text, "200px", placeholder=f"{self.view.folder.name}-branch", description="Name", tooltip="the branch's name")
-    more = self._part("branch-options", widgets.Text, "250px", placeholder="max_steps=60 warmup_steps=0", description="Options", tooltip="other options of the branch, of trl.SFTConfig; empty: this run's")
+    more = self._part("branch-options", widgets.Text, "min(100%, 320px)", placeholder="max_steps=60 warmup_steps=0", description="Options", tooltip="other options of the branch, of trl.SFTConfig; empty: this run's")
     branch = self._button("branch", "Branch", "stop this run, and go on from this step in a run of its own; both are drawn", lambda: self._aside("branch", self._branch), "code-fork")
-    return _row(_row(step, rewind, name="part"), _row(branch, rate, name, more, name="part"))
+    return [_row(step, rewind), _row(_row(branch, rate, name, name="part"), more)]
 
 
 # %% ../nbs/04_live.ipynb #rewind

@@ -373,6 +373,8 @@ def test_branch_goes_on_in_a_run_of_its_own_and_both_are_drawn(notebook, run, pi
 
 def test_opened_again_without_its_kernel_the_notebook_shows_the_picture(notebook, pictures):
     live = notebook.page.locator(".ftk-panel:visible").count()
+    shown = lambda: [str(output["data"].get("text/html")) for output in notebook.outputs(-1) if "data" in output]
+    until(notebook, lambda: any("stopped" in page and "twig" in page for page in shown()), "the cell keeps the branch's final state")
     notebook.save()
     notebook.restart_kernel()
     notebook.load()
@@ -380,7 +382,7 @@ def test_opened_again_without_its_kernel_the_notebook_shows_the_picture(notebook
     left = notebook.page.locator(".ftk-panel:visible")
     until(notebook, lambda: left.count() >= live, "pictures in their place")
     assert notebook.page.locator(".ftk-pause").count() == 0
-    assert "stopped" in left.last.inner_text() and left.last.locator("svg").count() == 1
+    assert "stopped" in left.last.inner_text() and "twig" in left.last.inner_text() and left.last.locator("svg").count() == 1
     notebook.picture(pictures / "panel-saved.png", ".ftk-panel:visible")
 
 
