@@ -1803,6 +1803,7 @@ def _branch(self: Run, at, name, options: dict) -> "Run":
     _check_same_factors(self.options, options)
     _sft_config(self.model, "unused", self.held_out is not None, {**self.options, **options}), _yaml(options)
     if at is not None: self._check_kept(at)
+    _check_further(self.folder, dict(options=self.options), self.step if at is None else at, options)
     if self.is_training:
         if at is None and self.options.get("save_strategy") == "no": self.control.checkpoint()
         self.control.stop()

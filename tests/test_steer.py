@@ -538,6 +538,9 @@ def test_a_branch_waits_while_its_trunk_is_asked(tmp_path, monkeypatch, snapshot
 
 def test_a_rate_given_at_a_resume_ends_the_hands_also_where_it_is_the_schedules(tmp_path):
     trunk = new_run(tmp_path, {3: [("lr", 1e-4)], 5: [("stop", None)]}).fit()
+    with pytest.raises(FtkitError, match="would end it"):
+        trunk.branch(name="short", max_steps=4)
+    assert not (tmp_path / "short").exists()
     twig = trunk.branch(name="twig", learning_rate=OPTIONS["learning_rate"]).fit()
     kept = trunk.branch(name="kept").fit()
     again = opened(trunk.folder, learning_rate=OPTIONS["learning_rate"])
