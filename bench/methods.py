@@ -109,7 +109,7 @@ def worker(options) -> dict:
         device, empty = model.device, held(model.device)
         model = ready(method, model)
         share = trainable_share(model)
-        given = {**DEMO, "learning_rate": RATES[method], "eval_steps": 1.0, "save_strategy": "no"} | ({"max_steps": options.steps} if options.steps else {})
+        given = {**DEMO, "learning_rate": RATES[method], "save_strategy": "no"} | ({"max_steps": options.steps} if options.steps else {})
         run = Run(model, tokenizer, train, held_out[:20], root=folder, prompts=[], quiet=True, **given)
         forget_peak(device)
         started = time.perf_counter()
