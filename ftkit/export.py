@@ -34,7 +34,7 @@ from .lora import load_adapter
 from .models import _NAMES, _answering, _base, _check_weights, _quiet, _read_gguf, load_model
 from .qlora import dequantize
 from .report import plot_losses, write_model_card
-from .train import Run, _encoded, _free_memory, _is_named, _read_config, save_weights
+from .train import Run, _encoded, _free_memory, _is_named, _is_rewritten, _read_config, save_weights
 
 # %% ../nbs/08_export.ipynb #log-probs
 @torch.no_grad()
@@ -145,13 +145,13 @@ def _loaded_base(name: str, model):
 # %% ../nbs/08_export.ipynb #first-step
 @contextmanager
 def _first_step(run, model):
-    with run._as_of(0):
+    with run._as_of("base"):
         yield run.model
 
 # %% ../nbs/08_export.ipynb #base-of-run
 def _base_of(run: Run) -> Callable:
     name = _read_config(run.folder)["model"]["name"]
-    if hasattr(run.model, "peft_config"):
+    if hasattr(run.model, "peft_config") and not _is_rewritten(run.model):
         return _without_adapter
     return partial(_loaded_base, name) if _is_named(name, run.model) else partial(_first_step, run)
 
@@ -182,10 +182,10 @@ def _from_folder(folder: Path, held_out) -> _Source:
     if held_out is None and not (place.parent / "data").is_dir():
         raise FtkitError(f"{folder} does not lie in a run's folder, so there is nothing to verify its export on: give held_out=records")
     name, facts = _base_named(place), _training_facts(place)
-    model, tokenizer = load_tuned(place)
+    model, tokenizer = load_tuned(place, **({"quantize": facts["quantize"]} if facts.get("quantize") else {}))  # the base as it was in training
     data, adapted = _rows_of(place.parent) if held_out is None else _encoded(held_out, tokenizer, None), hasattr(model, "peft_config")
     card = {"base_model": name, "method": facts.get("method") or ("lora" if adapted else "full")} | ({"fingerprint": facts["data_sha256"]} if "data_sha256" in facts else {})
-    return _Source(model, tokenizer, _choose_rows(data), _without_adapter if adapted else partial(_loaded_base, name), card)
+    return _Source(model, tokenizer, _choose_rows(data), _without_adapter if adapted and not _is_rewritten(model) else partial(_loaded_base, name), card)
 
 # %% ../nbs/08_export.ipynb #rows-of
 def _rows_of(folder: Path):
@@ -226,7 +226,9 @@ def _merged(model):
 
 # %% ../nbs/08_export.ipynb #plain
 def _plain(model):
-    "A plain copy of the model, without its adapter's change."
+    "A plain copy of a base: of one whose adapter is switched off without it, of one that needs its untrained adapter (see `_is_rewritten`) with it."
+    if _is_rewritten(model):
+        return merge(model)
     copied = copy.deepcopy(model)
     return copied.unload() if hasattr(copied, "peft_config") else copied
 
@@ -556,7 +558,7 @@ def _gguf_in(target: Path) -> Path | None:
     return files[0] if files else None
 
 # %% ../nbs/08_export.ipynb #read-back-any
-def _read_back(target: Path, tuned):
+def _read_back(target: Path, reference: "_Reference"):
     "(model, tokenizer, facts) of an export; an adapter is put on a copy of the base."
     if file := _gguf_in(target):
         return _read_gguf_back(file)
@@ -564,7 +566,9 @@ def _read_back(target: Path, tuned):
     if not (target / "adapter_config.json").exists():
         return *load_model(target, dtype=torch.float32, device="cpu"), {}
     tokenizer = transformers.AutoTokenizer.from_pretrained(target)
-    return load_adapter(_plain(tuned), target).eval(), tokenizer, {}
+    with reference.source.base(reference.model) as base:
+        plain = _plain(base)
+    return load_adapter(plain, target).eval(), tokenizer, {}
 
 # %% ../nbs/08_export.ipynb #probes
 _TEXT = "It's 3 or 33, 1,234.5\u00a0€ in  2026?\n\n\tWE'LL see: naïve café, 東京, Привет 🙂 <b>x_y</b> 'quoted'... "
@@ -762,7 +766,7 @@ def _certify(reference: _Reference, target: Path) -> Certificate:
     "Read an export back and compare it."
     source = reference.source
     form, numbers = _form_of(target)
-    model, tokenizer, facts = _read_back(target, reference.model)
+    model, tokenizer, facts = _read_back(target, reference)
     with _answering(model):
         said = _log_probs(model, source.rows) if model.get_input_embeddings().num_embeddings == reference.tuned.shape[1] else reference.tuned * float("nan")
         answers = _continuations(model, [row["prompt"] for row in source.rows[: len(reference.answers)]], reference.stop)

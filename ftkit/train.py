@@ -48,7 +48,7 @@ from .core import cache_dir, pick_device, pick_dtype, require, write_atomic
 from .data import FtkitError, collate, encode_data, encode_prompt, fingerprint, load_records, printable
 from .lens import lens
 from .loss import LossPlan, compile_layers, loss_plan, loss_sum, trained_tokens, uncompile_layers
-from .models import _base, base_fingerprint, base_name, generate, load_model, quantization
+from .models import _base, _rewrites, base_fingerprint, base_name, generate, load_model, quantization
 from .preflight import FINDINGS, preflight
 from .report import write_model_card
 
@@ -218,6 +218,7 @@ def _check_number(name: str, value, whole: bool):
 def _check_values(options: dict):
     "Raise for the first option that is a number or a switch, and whose value is neither."
     for name, value in options.items():
+        if name in ("hub_token", "push_to_hub_token") and value is not None: raise FtkitError(f"{name} would stand in config.yaml and in the model card: log in with `hf auth login` instead")
         kinds = set(typing.get_args(SFTConfig.__dataclass_fields__[name].type)) or {SFTConfig.__dataclass_fields__[name].type}
         if value is None and type(None) in kinds: continue
         kinds -= {type(None)}
@@ -1098,11 +1099,16 @@ def _log_evaluation(self: Run, loss: float):
         self.journal.write("sample_failed", step=self.step, tokens=self.tokens, error=f"{type(error).__name__}: {printable(error)}")
 
 # %% ../nbs/00c_train.ipynb #as-of
+def _is_rewritten(model) -> bool:
+    "Whether its adapter has changed the weights under it, so that switching it off does not give the base."
+    return any(map(_rewrites, getattr(model, "peft_config", {}).values()))
+
+
 @patch
 @contextlib.contextmanager
 def _as_of(self: Run, at: str | int):
     "The model as of now, as the base, or as of a step."
-    if at == "base" and not hasattr(self.model, "disable_adapter"): at = self._base_step()
+    if at == "base" and (_is_rewritten(self.model) or not hasattr(self.model, "disable_adapter")): at = self._base_step()
     if at in ("now", "base"):
         with self.model.disable_adapter() if at == "base" else contextlib.nullcontext(): yield
         return
@@ -1117,7 +1123,7 @@ def _as_of(self: Run, at: str | int):
 # %% ../nbs/00c_train.ipynb #base-step
 @patch
 def _base_step(self: Run) -> int:
-    if self._on_disk(0) is None: raise FtkitError("the whole model is trained and its first checkpoint is not here (a branch keeps none of step 0, nor does save_strategy='no'), so its base cannot be asked")
+    if self._on_disk(0) is None: raise FtkitError(f"{'this kind of adapter changes the weights under it' if _is_rewritten(self.model) else 'the whole model is trained'} and the first checkpoint is not here (a branch keeps none of step 0, nor does save_strategy='no'), so its base cannot be asked")
     return 0
 
 # %% ../nbs/00c_train.ipynb #put-in
@@ -1240,7 +1246,7 @@ def _answers_of(self: Run, prompts: list[dict], at: str | int, max_new_tokens: i
 # %% ../nbs/00c_train.ipynb #sample-and-look
 @patch
 def _sample_and_look(self: Run):
-    compares = self._steered and hasattr(self.model, "disable_adapter")
+    compares = self._steered and hasattr(self.model, "disable_adapter") and not _is_rewritten(self.model)
     self._sample(self.prompts, ["now", "base"] if compares else ["now"])
     if self._steered and self.held_out is not None: self._look()
 

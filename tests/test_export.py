@@ -9,6 +9,7 @@ import urllib.request
 from pathlib import Path
 
 import huggingface_hub
+import peft
 import pytest
 import torch
 import transformers
@@ -218,3 +219,57 @@ def test_no_token_in_what_is_said_or_logged(tiny, tmp_path, monkeypatch, capfd, 
         push(tmp_path / "out", "me/tiny", dry_run=False)
     said = "".join(map(str, (error.value, error.value.__cause__, *capfd.readouterr(), caplog.text)))
     assert token not in said and "[token]" in said and error.value.__suppress_context__
+
+
+# ---- where switching the adapter off does not give the base
+
+def pissa_run(tmp_path, **options):
+    base, tokenizer = tiny_model("llama")
+    tokenizer = bpe()
+    base.resize_token_embeddings(len(tokenizer))
+    base.save_pretrained(tmp_path / "base"), tokenizer.save_pretrained(tmp_path / "base")
+    base, tokenizer = load_model(tmp_path / "base", dtype=torch.float32, device="cpu")
+    records = [{"instruction": q, "output": a} for q, a in zip(["one", "two"] * 4, ["a router", "a watch"] * 4)]
+    config = peft.LoraConfig(init_lora_weights="pissa", r=4, target_modules="all-linear", task_type="CAUSAL_LM")
+    options = dict(learning_rate=2e-2, per_device_train_batch_size=4, max_steps=20, eval_strategy="no", allow="held_out_in_training") | options
+    return Run(peft.get_peft_model(base, config), tokenizer, records, records[:2], root=tmp_path / "runs", quiet=True, prompts=[], **options)
+
+
+def test_an_untrained_pissa_adapter_has_no_effect(tmp_path):
+    run = pissa_run(tmp_path, learning_rate=0.0, max_steps=1).fit()
+    with pytest.raises(FtkitError, match="no effect of tuning"):
+        export(run, tmp_path / "out")
+
+
+def test_a_trained_pissa_adapter_is_compared_with_the_base(tmp_path):
+    run = pissa_run(tmp_path).fit()
+    base = load_model(tmp_path / "base", dtype=torch.float32, device="cpu")[0]
+    rows = [run.data[0]]
+    with run._as_of("base"):
+        assert torch.allclose(_log_probs(run.model, rows), _log_probs(base, rows), atol=1e-3)
+    whole, alone = export(run, tmp_path / "out", numbers="f32"), export(run, tmp_path / "adapter", "adapter")
+    assert whole.ok and alone.ok and whole.drift < 1e-4 and alone.drift < 1e-4 and abs(whole.effect - alone.effect) < 1e-4
+    assert export(run.save(), tmp_path / "from-folder", numbers="f32").ok
+
+
+def test_a_pissa_run_without_its_first_step_says_so(tmp_path):
+    run = pissa_run(tmp_path, max_steps=1, save_strategy="no").fit()
+    with pytest.raises(FtkitError, match="this kind of adapter changes the weights under it"):
+        run.sample([{"instruction": "one"}], at="base")
+
+
+def test_a_four_bit_run_is_exported_from_its_folder_as_it_answers(tiny, tmp_path):
+    pytest.importorskip("bitsandbytes")
+    export(tiny, tmp_path / "base", numbers="f32")
+    model, tokenizer = load_model(tmp_path / "base", quantize="nf4", device="cpu")
+    records = [{"instruction": q, "output": a} for q, a in zip(["one", "two"] * 4, ["an app", "a vacuum"] * 4)]
+    options = dict(learning_rate=2e-2, per_device_train_batch_size=4, max_steps=20, eval_strategy="no", allow="held_out_in_training")
+    run = Run(add_lora(model, targets="all-linear"), tokenizer, records, records[:2], root=tmp_path / "runs", quiet=True, prompts=[], **options).fit()
+    export(run.save(), tmp_path / "out", numbers="f32")
+    assert verify_export(run, tmp_path / "out").drift < 1e-3
+
+
+def test_a_token_among_the_options_is_refused_and_not_repeated(tmp_path):
+    with pytest.raises(FtkitError, match="hub_token would stand") as error:
+        pissa_run(tmp_path, hub_token="hf_secret")
+    assert "hf_secret" not in str(error.value) and not any("hf_secret" in path.read_text(errors="replace") for path in tmp_path.rglob("config.yaml"))
