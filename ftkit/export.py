@@ -27,6 +27,7 @@ from fastcore.basics import patch
 
 # %% ../nbs/08_export.ipynb #exported-imports-more
 from .checkpoint import MANIFEST, verify_folder, write_folder
+from .control import read_journal
 from .core import cache_dir, require
 from .data import ALPACA_TEMPLATE, FtkitError, _render, _render_options, end_of_turn_ids, printable
 from .inference import _training_facts, _tuned_folder, load_tuned, merge
@@ -34,7 +35,7 @@ from .lora import load_adapter
 from .models import _NAMES, _answering, _base, _check_weights, _quiet, _read_gguf, load_model
 from .qlora import dequantize
 from .report import plot_losses, write_model_card
-from .train import Run, _encoded, _free_memory, _is_named, _is_rewritten, _read_config, save_weights
+from .train import Run, _encoded, _free_memory, _is_named, _is_rewritten, _newest_state, _read_config, save_weights
 
 # %% ../nbs/08_export.ipynb #log-probs
 @torch.no_grad()
@@ -59,7 +60,7 @@ def divergence(
     other: torch.Tensor,  # likewise, of another model at the same positions
 ) -> float:  # nats a token, 0 where both say the same
     "Mean Kullback-Leibler divergence KL(one || other)."
-    return max(0.0, float((one.exp() * (one - other)).sum(-1).mean()))
+    return max(float((one.exp() * (one - other)).sum(-1).mean()), 0.0)  # in this order what is not a number stays so
 
 # %% ../nbs/08_export.ipynb #choose-rows
 def _choose_rows(data, rows: int = 4, tokens: int = 128) -> list[dict]:
@@ -155,15 +156,24 @@ def _base_of(run: Run) -> Callable:
         return _without_adapter
     return partial(_loaded_base, name) if _is_named(name, run.model) else partial(_first_step, run)
 
+# %% ../nbs/08_export.ipynb #facts-of
+def _facts_of(folder: Path) -> dict:
+    "Settings, data fingerprint and scores for the card, from a run's folder; the held-out loss where nothing else was scored."
+    config, scores = _read_config(folder), folder / "scores.json"
+    facts = {"settings": {k: v for k, v in config["options"].items() if not k.endswith("hub_token")}, "fingerprint": config["data"]["sha256"]}
+    held = [e for e in read_journal(folder) if e["what"] == "evaluate"]
+    if scores.is_file():
+        facts["scores"] = {who: {k: round(v, 3) for k, v in s.items() if isinstance(v, float)} for who, s in json.loads(scores.read_text()).items()}
+    elif held:
+        facts["scores"] = {f"step {e['step']}": {"held-out loss": e["held_out_loss"]} for e in (held[0], held[-1])}
+    return facts
+
 # %% ../nbs/08_export.ipynb #from-run
 def _from_run(run: Run, held_out) -> _Source:
     data, rows_are = run.held_out if held_out is None else _encoded(held_out, run.tokenizer, None), "held-out rows"
     if data is None:
         data, rows_are = run.data, "rows that it was trained on"
-    config, scores = _read_config(run.folder), run.folder / "scores.json"
-    card = run._card() | {"settings": config["options"], "fingerprint": config["data"]["sha256"]}
-    if scores.is_file():
-        card["scores"] = {who: {k: round(v, 3) for k, v in s.items() if isinstance(v, float)} for who, s in json.loads(scores.read_text()).items()}
+    card = run._card() | _facts_of(run.folder)
     return _Source(run.model, run.tokenizer, _choose_rows(data), _base_of(run), card, rows_are, run._at_rest, run.history)
 
 # %% ../nbs/08_export.ipynb #base-named
@@ -185,7 +195,12 @@ def _from_folder(folder: Path, held_out) -> _Source:
     model, tokenizer = load_tuned(place, **({"quantize": facts["quantize"]} if facts.get("quantize") else {}))  # the base as it was in training
     data, adapted = _rows_of(place.parent) if held_out is None else _encoded(held_out, tokenizer, None), hasattr(model, "peft_config")
     card = {"base_model": name, "method": facts.get("method") or ("lora" if adapted else "full")} | ({"fingerprint": facts["data_sha256"]} if "data_sha256" in facts else {})
-    return _Source(model, tokenizer, _choose_rows(data), _without_adapter if adapted and not _is_rewritten(model) else partial(_loaded_base, name), card)
+    base = _without_adapter if adapted and not _is_rewritten(model) else partial(_loaded_base, name)
+    card, history = card | ({"trained": {"steps": facts["step"]}} if "step" in facts else {}), []
+    if place.name in ("adapter", "model") and (place.parent / "config.yaml").is_file():
+        card, history = card | _facts_of(place.parent), read_journal(place.parent)
+    seen = held_out is None and not (place.parent / "data" / "held_out.parquet").exists()
+    return _Source(model, tokenizer, _choose_rows(data), base, card, "rows that it was trained on" if seen else "held-out rows", history=history)
 
 # %% ../nbs/08_export.ipynb #rows-of
 def _rows_of(folder: Path):
@@ -195,14 +210,19 @@ def _rows_of(folder: Path):
     names = [folder / "data" / f"{name}.parquet" for name in ("held_out", "train")]
     return datasets.Dataset.from_parquet(str(next(path for path in names if path.exists())), keep_in_memory=False)
 
+# %% ../nbs/08_export.ipynb #has-only-result
+def _has_only_result(folder: Path) -> bool:
+    "Whether a run's folder has no checkpoint (`save_strategy='no'`) but what `Run.save` has written."
+    return _newest_state(folder)[0] is None and any((folder / name).is_dir() for name in ("adapter", "model"))
+
 # %% ../nbs/08_export.ipynb #find-source
 def _find_source(what, held_out=None) -> _Source:
     "The source of a `Run` or of a folder."
     if isinstance(what, Run):
         source = _from_run(what, held_out)
-    elif not Path(what).is_dir():
-        raise FtkitError(f"{what} is no folder: give a Run, or the folder of a run, of an adapter or of a model")
-    elif (Path(what) / "config.yaml").is_file():
+    elif not isinstance(what, (str, Path)) or not Path(what).is_dir():
+        raise FtkitError(f"{printable(what)} is no folder: give a Run, or the folder of a run, of an adapter or of a model")
+    elif (Path(what) / "config.yaml").is_file() and not _has_only_result(Path(what)):
         source = _from_run(Run.open(what, quiet=True), held_out)
     else:
         source = _from_folder(Path(what), held_out)
@@ -323,13 +343,18 @@ def _rope_factors(model) -> np.ndarray | None:
 def _head_size(config) -> int:
     return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
 
+# %% ../nbs/08_export.ipynb #context
+def _context(config) -> int:
+    "The longest text that the file's architecture can be asked for, in tokens: a sliding window ends it."
+    slides = "sliding_attention" in (getattr(config, "layer_types", None) or ["sliding_attention"])
+    window = getattr(config, "sliding_window", None) if slides else None
+    return min(config.max_position_embeddings, window or config.max_position_embeddings)
+
 # %% ../nbs/08_export.ipynb #shape-facts
 def _shape_facts(config) -> dict[str, int | float]:
     "Facts on the model's shape, under ggml's names."
-    slides = "sliding_attention" in (getattr(config, "layer_types", None) or ["sliding_attention"])
-    window = getattr(config, "sliding_window", None) if slides else None
     facts = {
-        "context_length": min(config.max_position_embeddings, window or config.max_position_embeddings), "embedding_length": config.hidden_size,
+        "context_length": _context(config), "embedding_length": config.hidden_size,
         "block_count": config.num_hidden_layers, "feed_forward_length": config.intermediate_size, "vocab_size": config.vocab_size,
         "attention.head_count": config.num_attention_heads, "attention.head_count_kv": config.num_key_value_heads,
         "attention.key_length": _head_size(config), "attention.value_length": _head_size(config), "rope.dimension_count": _head_size(config),
@@ -433,11 +458,16 @@ def _add_fact(writer, name: str, value) -> None:
     kinds = {bool: writer.add_bool, int: writer.add_uint32, float: writer.add_float32, str: writer.add_string, list: writer.add_array}
     kinds[type(value)](name, value)
 
+# %% ../nbs/08_export.ipynb #shown-base
+def _shown_base(name: object) -> str:
+    "The base's name as an export tells it: of a folder its last part, since a path says something of this machine only."
+    path = Path(str(name))
+    return path.name if path.is_absolute() or path.is_dir() else str(name)
+
 # %% ../nbs/08_export.ipynb #general-facts
 def _general_facts(card: dict, numbers: str) -> dict:
     "What the file says of itself."
-    base = str(card["base_model"])
-    base = Path(base).name if Path(base).is_dir() else base  # no path of this machine
+    base = _shown_base(card["base_model"])
     facts = {"general.name": card.get("title") or f"{Path(base).name} tuned with ftkit", "general.file_type": NUMBERS[numbers][1], "general.quantization_version": 2}
     if card.get("license"):
         facts["general.license"] = str(card["license"])
@@ -512,7 +542,7 @@ def modelfile(
         lines.append(f"# {note}")
     else:
         lines += _go_template(parts)
-    lines += [f"PARAMETER stop {json.dumps(stop)}" for stop in stops] + ["PARAMETER temperature 0", "PARAMETER repeat_penalty 1", f"PARAMETER num_ctx {min(context, 8192)}"]
+    lines += [f"PARAMETER stop {json.dumps(stop, ensure_ascii=False)}" for stop in stops] + ["PARAMETER temperature 0", "PARAMETER repeat_penalty 1", f"PARAMETER num_ctx {min(context, 8192)}"]
     return "\n".join(lines + ([f'LICENSE """{license}"""'] if license and '"""' not in license else [])) + "\n", note
 
 # %% ../nbs/08_export.ipynb #go-template
@@ -569,6 +599,17 @@ def _read_back(target: Path, reference: "_Reference"):
     with reference.source.base(reference.model) as base:
         plain = _plain(base)
     return load_adapter(plain, target).eval(), tokenizer, {}
+
+# %% ../nbs/08_export.ipynb #reading
+@contextmanager
+def _reading(target: Path):
+    "One line for whatever a damaged or foreign file makes its reader raise."
+    try:
+        yield
+    except FtkitError:
+        raise
+    except Exception as error:
+        raise FtkitError(f"{target} cannot be read back, so it is not verified: {type(error).__name__}: {printable(error)[:200]}") from None
 
 # %% ../nbs/08_export.ipynb #probes
 _TEXT = "It's 3 or 33, 1,234.5\u00a0€ in  2026?\n\n\tWE'LL see: naïve café, 東京, Привет 🙂 <b>x_y</b> 'quoted'... "
@@ -671,7 +712,7 @@ def problems(self: Certificate) -> list[str]:
         (not c.drift <= LIMITS["drift"] * c.effect, f"it drifted by {c.drift:.3g} nats a token, {c.drift / c.effect:.0%} of what the tuning did"),
         (c.rounding is not None and not c.drift - c.rounding <= unexplained * c.effect, f"of its drift of {c.drift:.3g} nats a token, rounding explains {c.rounding or 0:.2g}"),
         (not low <= c.distance / c.effect <= high, f"its distance from the base is {c.distance / c.effect:.0%} of the tuned model's"),
-        (not c.kept >= LIMITS["kept"], f"only {c.kept:.0%} of the tokens that the tuning moved are still moved"),
+        (c.moved and not c.kept >= LIMITS["kept"], f"only {c.kept:.0%} of the tokens that the tuning moved are still moved"),
         (bool(clear), f"{len(clear)} of {len(c.answers)} answers part where the tuned model was sure of its token (by up to {max(clear, default=0):.2g} nats)"),
     ]
     return [text for wrong, text in findings if wrong] + c.token_problems
@@ -687,7 +728,7 @@ def _lines(c: Certificate) -> dict[str, str]:
         "effect of the tuning": f"{c.effect:.4g} nats a token from {c.base}",
         "left after export": f"{c.distance:.4g} nats a token ({c.distance / max(c.effect, 1e-12):.1%})",
         "drift by the export": f"{c.drift:.2g} nats a token ({c.drift / max(c.effect, 1e-12):.2%} of the effect){rounding}",
-        "tokens that moved": f"{c.moved} of {c.tokens}; {c.kept:.0%} of them still do",
+        "tokens that moved": f"{c.moved} of {c.tokens}" + (f"; {c.kept:.0%} of them still do" if c.moved else ""),
         "same likeliest token": f"{c.same_choice:.1%}",
         "greedy answers": f"{same} of {len(c.answers)} the same" + "".join(f"; one parts at token {a['exported']}, a toss-up ({a['margin']:.2g} nats)" for a in c.answers if a["exported"] is not None and a["margin"] <= LIMITS["margin"]),
         "template and tokens": "; ".join(c.token_problems) or "the same",
@@ -738,6 +779,15 @@ def _refer(source: _Source, prompts: int = 3) -> _Reference:
                 untouched, base_answers = ask(base)
     return _Reference(source, model, stop, untouched, tuned, base_answers, answers)
 
+# %% ../nbs/08_export.ipynb #ask
+def _ask(reference: _Reference, model) -> tuple[torch.Tensor, list[list[int]]]:
+    "What an exported model says and answers: not a number, and nothing, where it has another vocabulary."
+    if model.get_input_embeddings().num_embeddings != reference.tuned.shape[1]:
+        return reference.tuned * float("nan"), [[] for _ in reference.answers]
+    with _answering(model):
+        prompts = [row["prompt"] for row in reference.source.rows[: len(reference.answers)]]
+        return _log_probs(model, reference.source.rows), _continuations(model, prompts, reference.stop)
+
 # %% ../nbs/08_export.ipynb #rounded
 @torch.no_grad()
 def _rounded(model, said: torch.Tensor, rows: list[dict], form: str, numbers: str | None) -> float | None:
@@ -765,15 +815,16 @@ def _round(weight: torch.Tensor, kind: str) -> torch.Tensor:
 def _certify(reference: _Reference, target: Path) -> Certificate:
     "Read an export back and compare it."
     source = reference.source
-    form, numbers = _form_of(target)
-    model, tokenizer, facts = _read_back(target, reference)
-    with _answering(model):
-        said = _log_probs(model, source.rows) if model.get_input_embeddings().num_embeddings == reference.tuned.shape[1] else reference.tuned * float("nan")
-        answers = _continuations(model, [row["prompt"] for row in source.rows[: len(reference.answers)]], reference.stop)
+    with _reading(target):
+        form, numbers = _form_of(target)
+        model, tokenizer, facts = _read_back(target, reference)
+    said, answers = _ask(reference, model)
+    sizes = model.get_input_embeddings().num_embeddings, reference.tuned.shape[1]
+    other_size = [f"it has {sizes[0]} embeddings, the tuned model {sizes[1]}"] if sizes[0] != sizes[1] else []
     return Certificate(
-        form=" ".join(part for part in (form, numbers) if part), base=str(source.card["base_model"]), rows_are=source.rows_are,
+        form=" ".join(part for part in (form, numbers) if part), base=_shown_base(source.card["base_model"]), rows_are=source.rows_are,
         **_rounding(reference, form, numbers), answers=_compare_answers(reference, answers),
-        token_problems=_token_problems(source.tokenizer, tokenizer, facts), arithmetic=str(next(reference.model.parameters()).dtype).removeprefix("torch."),
+        token_problems=other_size + _token_problems(source.tokenizer, tokenizer, facts), arithmetic=str(next(reference.model.parameters()).dtype).removeprefix("torch."),
         **_measures(reference.base, reference.tuned, said, _targets(source.rows)),
     )
 
@@ -821,8 +872,8 @@ def verify_export(
     held_out=None,  # records (or encoded rows) to compare on; None: the run's own held-out rows
 ) -> Certificate:  # `ok` says whether the tuning is in it, `problems` what is wrong
     "Compare an export with the tuned model and its base; raises `FtkitError` where there is nothing that could be compared."
-    if not Path(target).exists():
-        raise FtkitError(f"there is no {target} to verify")
+    if not isinstance(target, (str, Path)) or not Path(target).exists():
+        raise FtkitError(f"there is no {printable(target)} to verify")
     source = _find_source(run, held_out)
     with source.still():
         return _certify(_refer(source), Path(target))
@@ -832,23 +883,44 @@ def license_of(
     name: str,  # of a base model, as in a run's config.yaml: the demo model, a folder, or a name on the hub
 ) -> str | None:  # such as "apache-2.0"; None where nothing at hand says it
     "The licence that a base model's card states; asks no server."
-    from huggingface_hub import try_to_load_from_cache
-
-    folder = _folder_of(name)
-    facts, card = folder / "ftkit.json", folder / "README.md"
+    facts = _folder_of(name) / "ftkit.json"
     if facts.is_file():
-        return json.loads(facts.read_text()).get("license")
-    if not card.is_file() and re.fullmatch(r"[\w.-]+/[\w.-]+", name):
-        found = try_to_load_from_cache(name, "README.md")
-        card = Path(found) if isinstance(found, str) else card
-    header = re.match(r"---\n(.*?)\n---", card.read_text(encoding="utf-8", errors="replace"), re.S) if card.is_file() else None
-    found = re.search(r"^license:[ \t]*[\"']?([\w.-]+)", header[1], re.M) if header else None
+        return _license_in(facts)
+    header = _card_header(name)
+    found = re.search(r"^license:[ \t]*[\"']?([\w.-]+)", header, re.M)
     return found[1] if found else None
 
 # %% ../nbs/08_export.ipynb #folder-of
 def _folder_of(name: str) -> Path:
     cached = cache_dir() / "models" / name
     return cached if re.fullmatch(r"[\w.-]+", name) and cached.is_dir() else Path(name)
+
+# %% ../nbs/08_export.ipynb #license-helpers
+def _license_in(path: Path) -> str | None:
+    "The licence that a cached model's ftkit.json states; None where it cannot be read."
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))["license"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    return found if isinstance(found, str) else None
+
+# %% ../nbs/08_export.ipynb #card-header
+def _card_header(name: str) -> str:
+    "The header of a base model's card, empty where none is at hand."
+    from huggingface_hub import try_to_load_from_cache
+
+    card = _folder_of(name) / "README.md"
+    if not card.is_file() and re.fullmatch(r"[\w.-]+/[\w.-]+", name):
+        found = try_to_load_from_cache(name, "README.md")
+        card = Path(found) if isinstance(found, str) else card
+    header = re.match(r"---\n(.*?)\n---", card.read_text(encoding="utf-8", errors="replace"), re.S) if card.is_file() else None
+    return header[1] if header else ""
+
+
+def _other_license(name: str) -> dict[str, str]:
+    "Name and link of a licence that the hub calls `other`."
+    found = re.findall(r"^(license_name|license_link):[ \t]*[\"']?([^\s\"']+)", _card_header(name), re.M)
+    return dict(found)
 
 # %% ../nbs/08_export.ipynb #write-forms
 def _write_safetensors(reference: _Reference, folder: Path, numbers: str, card: dict) -> None:
@@ -864,6 +936,9 @@ def _write_safetensors(reference: _Reference, folder: Path, numbers: str, card: 
 def _write_adapter(reference: _Reference, folder: Path, numbers: None, card: dict) -> None:
     "The adapter as PEFT keeps it, and the tokenizer."
     save_weights(reference.source.model, folder)
+    config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
+    config["base_model_name_or_path"] = _shown_base(config.get("base_model_name_or_path") or card["base_model"])
+    (folder / "adapter_config.json").write_text(json.dumps(config, indent=2), encoding="utf-8")
     _with_template(reference.source.tokenizer).save_pretrained(folder)
 
 # %% ../nbs/08_export.ipynb #write-gguf-form
@@ -872,7 +947,7 @@ def _write_gguf_form(reference: _Reference, folder: Path, numbers: str, card: di
     model, tokenizer = _merged(reference.model), _with_template(reference.source.tokenizer)
     name = f"{_file_stem(card)}-{numbers}.gguf"
     _write_gguf(model, tokenizer, folder / name, numbers, _general_facts(card, numbers))
-    text, note = modelfile(tokenizer, name, model.config.max_position_embeddings, card.get("license"))
+    text, note = modelfile(tokenizer, name, _context(model.config), card.get("license"))
     (folder / "Modelfile").write_text(text, encoding="utf-8")
     return [note] if note else []
 
@@ -886,7 +961,7 @@ _FORMS = {"safetensors": (_write_safetensors, ("bf16", "f16", "f32")), "adapter"
 # %% ../nbs/08_export.ipynb #check-export
 def _check_export(source: _Source, folder: Path, form: str, numbers: str | None) -> str | None:
     "All that can be refused before any work is done; returns the number format."
-    if form not in _FORMS:
+    if not isinstance(form, str) or form not in _FORMS:
         raise FtkitError(f"form={form!r}: there are {', '.join(_FORMS)}")
     formats = _FORMS[form][1]
     if numbers not in (None, *formats):
@@ -900,6 +975,13 @@ def _check_export(source: _Source, folder: Path, form: str, numbers: str | None)
         raise FtkitError(f"{folder} is there already and is never overwritten: give another name, or delete it")
     return numbers or formats[0]
 
+# %% ../nbs/08_export.ipynb #with-license
+def _with_license(facts: dict, given: dict) -> dict:
+    "The card's facts, with the base's licence and without this machine's paths."
+    base = str(facts["base_model"])
+    card = {"license": license_of(base), **facts, "base_model": _shown_base(base), **given}
+    return (_other_license(base) if card["license"] == "other" else {}) | card
+
 # %% ../nbs/08_export.ipynb #export
 def export(
     run: Run | str | Path,  # a Run, or the folder of a run, of an adapter or of a model
@@ -910,9 +992,11 @@ def export(
     **card,  # more for the model card: license, title, scores, note (see `write_model_card`)
 ) -> Certificate:  # also in the folder, as certificate.json
     "Write what was tuned, read it back and verify it. An export that is not verified raises `FtkitError` and leaves no folder; nor does one that was cut short."
+    if not isinstance(folder, (str, Path)):
+        raise FtkitError(f"{printable(folder)} is no name of a folder to make")
     source = _find_source(run, held_out)
     numbers, folder = _check_export(source, Path(folder), form, numbers), Path(folder)
-    source.card = {"license": license_of(str(source.card["base_model"])), **source.card, **card}
+    source.card = _with_license(source.card, card)
     with source.still():
         reference, certificates = _refer(source), []
         write_folder(folder, lambda hidden: certificates.append(_fill(reference, hidden, folder, form, numbers)))
@@ -970,14 +1054,29 @@ def _files_to_send(folder: Path) -> dict[str, int]:
     return {name: (folder / name).stat().st_size for name in sorted(names) if (folder / name).exists()}
 
 # %% ../nbs/08_export.ipynb #without-token
-def _without_token(text: object) -> str:
-    "One line, with everything that is or looks like a token taken out."
+def _secrets() -> set[str]:
+    "The tokens of this login, if there are any."
     from huggingface_hub import get_token
 
+    found = (get_token(), os.environ.get("HF_TOKEN"), os.environ.get("HUGGING_FACE_HUB_TOKEN"))
+    return {token.strip() for token in found if token} - {""}
+
+
+def _without_token(text: object) -> str:
+    "One line, with everything that is or looks like a token taken out."
     text = printable(text)
-    for secret in {get_token(), os.environ.get("HF_TOKEN"), os.environ.get("HUGGING_FACE_HUB_TOKEN")} - {None, ""}:
-        text = text.replace(secret.strip(), "[token]")
+    for secret in _secrets():
+        text = text.replace(secret, "[token]")
     return re.sub(r"hf_\w+|(?i:bearer)\s+\S+", "[token]", text)
+
+# %% ../nbs/08_export.ipynb #check-secrets
+def _check_secrets(folder: Path, names: list[str]) -> None:
+    "Refuse to send a text file with a token in it."
+    for name in names:
+        if name == "Modelfile" or Path(name).suffix in (".json", ".md", ".jinja", ".txt"):
+            text = (folder / name).read_text(encoding="utf-8", errors="replace")
+            if re.search(r"\bhf_[A-Za-z0-9]{20,}", text) or any(secret in text for secret in _secrets()):
+                raise FtkitError(f"{folder / name} seems to hold an access token and is not sent: take it out, and withdraw the token")
 
 # %% ../nbs/08_export.ipynb #push
 def push(
@@ -987,10 +1086,11 @@ def push(
     private: bool = True,  # of a repository that is made now
 ) -> Upload:  # which shows the list
     "Send an export to the Hugging Face hub by its own client; raises `FtkitError` in one line, without your token."
-    if not re.fullmatch(r"[\w.-]+/[\w.-]+", repository):
+    if ".." in str(repository) or not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", str(repository)):
         raise FtkitError(f"{printable(repository)!r} is no name of a repository: give owner/name")
     folder = Path(folder)
     files = _files_to_send(folder)
+    _check_secrets(folder, list(files))
     if dry_run:
         return Upload(repository, files)
     try:

@@ -11,7 +11,7 @@ import re
 from pathlib import Path
 
 from .core import write_atomic
-from .data import FtkitError
+from .data import FtkitError, printable
 
 # %% ../nbs/00c5_report.ipynb #smooth
 def smooth(
@@ -58,7 +58,7 @@ def _grey(axes):
 def _as_text(value, limit=300) -> str:
     "A value as one line of Markdown that shows as what it says and nothing more."
     number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    text = (f"{value:,}" if isinstance(value, int) else f"{value:.4g}") if number else " ".join(str(value).split())
+    text = (f"{value:,}" if isinstance(value, int) else f"{value:.4g}") if number else printable(value)
     text = text if len(text) <= limit else text[: limit - 1] + "…"
     text = re.sub(r"([\\`*_\[\]<>&|~!#$@])", r"\\\1", text)
     return re.sub(r"(?i)(\w+)://|(www)\.", lambda m: f"{m[1]}&#58;//" if m[1] else f"{m[2]}&#46;", text)
@@ -72,7 +72,7 @@ def _table(rows: dict[str, dict]) -> list[str]:
     return [head, "|---|" + "---:|" * len(columns), *body]
 
 # %% ../nbs/00c5_report.ipynb #card-parts
-CARD_FACTS = ("base_model", "method", "license", "title", "data", "trained", "scores", "note", "settings", "form", "file", "picture", "certificate")
+CARD_FACTS = ("base_model", "method", "license", "license_name", "license_link", "title", "data", "trained", "scores", "note", "settings", "form", "file", "picture", "certificate")
 _FORMS = {"adapter": ("peft", "adapter"), "safetensors": ("transformers", "finetune"), "gguf": ("gguf", "quantized")}  # library, relation to the base
 
 
@@ -82,9 +82,10 @@ def _form(facts: dict) -> str:
 
 def _header(facts: dict) -> list[str]:
     library, relation = _FORMS[_form(facts)]
-    fields = {"base_model": facts["base_model"], "base_model_relation": relation, "library_name": library, "license": facts.get("license"), "pipeline_tag": "text-generation"}
+    fields = {"base_model": facts["base_model"], "base_model_relation": relation, "library_name": library, "license": facts.get("license"), "license_name": facts.get("license_name"), "license_link": facts.get("license_link"), "pipeline_tag": "text-generation"}
     lines = [f"{name}: {json.dumps(str(value))}" for name, value in fields.items() if value is not None]
-    return ["---", *lines, "tags:", f"- {facts.get('method', 'lora')}", "- ftkit", "---", ""]
+    method = str(facts.get("method") or "lora")
+    return ["---", *lines, "tags:", f"- {method if method in ('lora', 'qlora', 'full') else json.dumps(method)}", "- ftkit", "---", ""]
 
 # %% ../nbs/00c5_report.ipynb #how-to-load
 def _how_to_load(base: str, form: str, file: str | None) -> list[str]:
@@ -121,7 +122,7 @@ def _sections(facts: dict) -> list[str]:
 # %% ../nbs/00c5_report.ipynb #write-model-card
 def write_model_card(
     folder: str | Path,  # of the adapter or model; it exists
-    facts: dict,  # base_model; and if known method ("lora", "qlora" or "full"), license, title, data (text), trained, settings, certificate ({what: value}), scores ({who: {metric: value}}), note (text), form ("adapter", "safetensors", "gguf"), file (of GGUF), picture (file beside the card)
+    facts: dict,  # base_model; and if known method ("lora", "qlora" or "full"), license (if "other", license_name and license_link), title, data (text), trained, settings, certificate ({what: value}), scores ({who: {metric: value}}), note (text), form ("adapter", "safetensors", "gguf"), file (of GGUF), picture (file beside the card)
 ) -> Path:  # the README.md
     "Write the model card, replacing one that is there. Facts are untrusted text; an unknown fact raises `FtkitError`."
     unknown = [name for name in facts if name not in CARD_FACTS]

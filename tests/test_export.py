@@ -18,7 +18,7 @@ from tiny_tokenizers import byte_level
 from ftkit.checkpoint import verify_folder
 from ftkit.data import FtkitError, encode_prompt, end_of_turn_ids
 from ftkit.demo import tickets
-from ftkit.export import _continuations, _general_facts, _log_probs, _margin, _write_gguf, export, push, verify_export
+from ftkit.export import _continuations, _general_facts, _log_probs, _margin, _without_token, _write_gguf, export, push, verify_export
 from ftkit.lora import add_lora
 from ftkit.models import CHATML, load_model, tiny_model
 from ftkit.train import Run
@@ -273,3 +273,61 @@ def test_a_token_among_the_options_is_refused_and_not_repeated(tmp_path):
     with pytest.raises(FtkitError, match="hub_token would stand") as error:
         pissa_run(tmp_path, hub_token="hf_secret")
     assert "hf_secret" not in str(error.value) and not any("hf_secret" in path.read_text(errors="replace") for path in tmp_path.rglob("config.yaml"))
+
+
+# ---- what an export says and refuses
+
+def test_no_path_of_this_machine_and_no_licence_lost(tmp_path):
+    run = pissa_run(tmp_path, report_to="none", eval_strategy="steps", eval_steps=10)
+    (tmp_path / "base" / "README.md").write_text("---\nlicense: other\nlicense_name: house\nlicense_link: https://a.b/c\n---\n")
+    adapter = run.fit().save()
+    for number, (what, form) in enumerate([(run, "safetensors"), (run, "adapter"), (adapter, "safetensors"), (run, "gguf")]):
+        certificate = export(what, tmp_path / f"out-{number}", form)
+        texts = {path.name: path.read_bytes() for path in (tmp_path / f"out-{number}").iterdir()}
+        assert certificate.base == "base" and not [name for name, text in texts.items() if str(tmp_path).encode() in text]
+        card = texts["README.md"].decode()
+        assert 'license_name: "house"' in card and "## Settings" in card and "held-out loss" in card and "losses.png" in card
+
+
+def test_a_run_that_kept_no_checkpoint_is_exported_from_its_result(tmp_path):
+    run = pissa_run(tmp_path, save_strategy="no").fit()
+    run.save()
+    assert export(run.folder, tmp_path / "out").ok
+
+
+@pytest.mark.parametrize("spoil", ["cut", "architecture", "config", "vocabulary"])
+def test_an_export_that_cannot_be_read_is_one_line(tiny, tmp_path, spoil):
+    form = "gguf" if spoil in ("cut", "architecture") else "safetensors"
+    export(tiny, tmp_path / "out", form, "f32")
+    target = tmp_path / "out"
+    if form == "gguf":
+        path = next(target.glob("*.gguf"))
+        data = path.read_bytes()
+        path.write_bytes(data[: len(data) // 2] if spoil == "cut" else data.replace(b"\x05\0\0\0\0\0\0\0llama", b"\x05\0\0\0\0\0\0\0lxama", 1))
+    elif spoil == "config":
+        (target / "config.json").write_text("[]")
+    else:
+        small, _ = load_model(target, dtype=torch.float32, device="cpu")
+        small.resize_token_embeddings(40)
+        small.config.update(dict(pad_token_id=0, bos_token_id=1, eos_token_id=2))
+        small.save_pretrained(target)
+        said = str(verify_export(tiny, target).problems)
+        assert "drifted by nan" in said and "it has 40 embeddings" in said
+        return
+    with pytest.raises(FtkitError) as error:
+        verify_export(tiny, target)
+    assert "\n" not in str(error.value)
+
+
+def test_a_file_with_a_token_is_not_sent(tiny, tmp_path):
+    export(tiny, tmp_path / "out", "adapter")
+    with open(tmp_path / "out" / "README.md", "a") as card:
+        card.write("| hub_token | hf_" + "A1b2C3d4" * 4)
+    with pytest.raises(FtkitError, match="seems to hold an access token") as error:
+        push(tmp_path / "out", "me/tiny")
+    assert "A1b2" not in str(error.value)
+
+
+def test_a_blank_token_takes_no_blanks_out(monkeypatch):
+    monkeypatch.setenv("HF_TOKEN", "  ")
+    assert _without_token("a b c") == "a b c"
