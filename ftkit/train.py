@@ -1123,7 +1123,7 @@ def _as_of(self: Run, at: str | int):
 # %% ../nbs/00c_train.ipynb #base-step
 @patch
 def _base_step(self: Run) -> int:
-    if self._on_disk(0) is None: raise FtkitError(f"{'this kind of adapter changes the weights under it' if _is_rewritten(self.model) else 'the whole model is trained'} and the first checkpoint is not here (a branch keeps none of step 0, nor does save_strategy='no'), so its base cannot be asked")
+    if self._on_disk(0) is None: raise FtkitError(f"{'this kind of adapter changes the weights under it' if _is_rewritten(self.model) else 'the whole model is trained'} and its first checkpoint is not here (a branch keeps none of step 0, nor does save_strategy='no'), so its base cannot be asked")
     return 0
 
 # %% ../nbs/00c_train.ipynb #put-in
