@@ -354,14 +354,21 @@ def _whole(model):
     from ftkit.full import train_fully
     return train_fully(model)
 
+# %% ../nbs/91_cli.ipynb #any-base
+def _is_typed(context, name: str) -> bool:
+    return context.get_parameter_source(name) == click.core.ParameterSource.COMMANDLINE
+
+
+def _check_any_base(context):
+    if context.params["adapter"] is None and _is_typed(context, "any_base"): raise click.UsageError("--any-base belongs to --adapter, and none is given: leave it out", context)
+
 # %% ../nbs/91_cli.ipynb #adapter-brings
 def _check_adapter(context):
     "What would be ignored is an error: settings of an adapter where one is given, or none is made."
-    given = lambda name: context.get_parameter_source(name) == click.core.ParameterSource.COMMANDLINE
     whole = context.params["method"] == "full"
-    if context.params["adapter"] is None and given("any_base"): raise click.UsageError("--any-base belongs to --adapter, and none is given: leave it out", context)
+    _check_any_base(context)
     if context.params["adapter"] is None and not whole: return
-    typed = [f"--{name}" for name in ("rank", "alpha", "targets", "dropout", "variant") if given(name)]
+    typed = [f"--{name}" for name in ("rank", "alpha", "targets", "dropout", "variant") if _is_typed(context, name)]
     if whole and context.params["adapter"] is not None: typed.insert(0, "--adapter")
     if typed: raise click.UsageError(f"{'--method full has no adapter' if whole else '--adapter brings its own settings'}: leave out {', '.join(typed)}", context)
     if whole: return
