@@ -42,7 +42,8 @@ EXIT_CODES = {
 
 # %% ../nbs/91_cli.ipynb #in-options
 _TYPED = {r"\ballow='(\w+)'": r"--allow \1", r"\bany_base=True": "--any-base", r"\braise max_length\b": "raise --max-length",
-          r"\bmax_steps=(\d+)": r"--steps \1", r"\bby name=\.\.\.": "by --name"}
+          r"\bmax_steps=(\d+)": r"--steps \1", r"\bby name=\.\.\.": "by --name", r"\bheld_out=records\b": "--held-out FILE",
+          r"\b(form|numbers)='(\w+)'": r"--\1 \2"}
 
 
 def _in_options(line: str) -> str:
@@ -353,12 +354,21 @@ def _whole(model):
     from ftkit.full import train_fully
     return train_fully(model)
 
+# %% ../nbs/91_cli.ipynb #any-base
+def _is_typed(context, name: str) -> bool:
+    return context.get_parameter_source(name) == click.core.ParameterSource.COMMANDLINE
+
+
+def _check_any_base(context):
+    if context.params["adapter"] is None and _is_typed(context, "any_base"): raise click.UsageError("--any-base belongs to --adapter, and none is given: leave it out", context)
+
 # %% ../nbs/91_cli.ipynb #adapter-brings
 def _check_adapter(context):
     "What would be ignored is an error: settings of an adapter where one is given, or none is made."
     whole = context.params["method"] == "full"
+    _check_any_base(context)
     if context.params["adapter"] is None and not whole: return
-    typed = [f"--{name}" for name in ("rank", "alpha", "targets", "dropout", "variant") if context.get_parameter_source(name) == click.core.ParameterSource.COMMANDLINE]
+    typed = [f"--{name}" for name in ("rank", "alpha", "targets", "dropout", "variant") if _is_typed(context, name)]
     if whole and context.params["adapter"] is not None: typed.insert(0, "--adapter")
     if typed: raise click.UsageError(f"{'--method full has no adapter' if whole else '--adapter brings its own settings'}: leave out {', '.join(typed)}", context)
     if whole: return
@@ -459,13 +469,16 @@ def _resume(folder, lr, steps):
 @click.argument("folder", metavar="RUNFOLDER", type=_FILE)
 @click.option("--form", type=click.Choice(["safetensors", "adapter", "gguf"]), default="safetensors", show_default=True, help="Merged, the adapter alone, or for llama.cpp and Ollama.")
 @click.option("--numbers", type=click.Choice(["bf16", "f16", "f32", "q8_0", "q4_0"]), help="Format of the weights.  [default: bf16; gguf: f16]")
+@click.option("--held-out", type=_FILE, help="Records to verify on.  [default: the run's own held-out rows]")
 @click.option("--out", type=_FILE, help="The folder to make.  [default: RUNFOLDER/export-FORM]")
-def _export(folder, form, numbers, out):
+def _export(folder, form, numbers, held_out, out):
     "Write what was trained for use elsewhere, and verify that the tuning is in it.\n\nRUNFOLDER is that of a run, an adapter or a model."
     if not folder.is_dir(): raise FtkitError(f"there is no folder {folder}")
+    if form == "adapter" and numbers: raise click.UsageError("--form adapter is written as it was trained: leave out --numbers")
+    records = load_records(held_out) if held_out else None
     out = out or folder / "-".join(["export", form, *([numbers] if numbers else [])])
     from ftkit.export import export
-    click.echo(f"{export(folder, out, form, numbers)}\n\nwritten to {out}")
+    click.echo(f"{export(folder, out, form, numbers, records)}\n\nwritten to {out}")
 
 # %% ../nbs/91_cli.ipynb #steer
 @main.command("steer", epilog="\b\n" + "\n".join(f"{name:<12}{meaning}" for name, meaning in ACTIONS.items()))

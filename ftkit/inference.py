@@ -7,7 +7,6 @@ __all__ = ['COMPARE_STYLE', 'CHAT_STYLE', 'load_tuned', 'show', 'Comparison', 'c
 
 # %% ../nbs/03_inference.ipynb #exported-imports
 import copy
-import html
 import json
 import logging
 import re
@@ -28,7 +27,7 @@ from fastcore.basics import patch
 
 from .data import FtkitError, printable, to_messages
 from .lora import _misfit, _own_random_state, _read_config, _read_shapes, _same_name
-from .models import _base, _check_weights, _quiet, _rewrites, base_difference, base_fingerprint, base_name, generate, load_model, stream
+from .models import QUANTIZATIONS, _base, _check_weights, _quiet, _rewrites, base_difference, base_fingerprint, base_name, generate, load_model, stream
 from .report import _as_text
 from .widgets import STYLE, Board, _hear_at_once, _on_enter, _row, _says
 
@@ -95,9 +94,18 @@ def _base_of(places: dict[str, Path]) -> str:
             raise FtkitError(f"{found[names[0]]} was trained on {names[0]!r} and {found[other]} on {other!r}: adapters of two bases cannot be loaded together")
     return names[0]
 
+# %% ../nbs/03_inference.ipynb #packed-as
+def _packed_as(places: dict[str, Path]) -> str | None:
+    "The `quantize` of the training of these adapters; None where they do not agree."
+    ways = {_training_facts(place).get("quantize") for place in places.values()}
+    if len(ways) > 1:
+        logging.getLogger("ftkit").warning("these adapters were trained on differently packed bases (%s): the base is loaded as it is stored, unless quantize= is given", ", ".join(sorted(map(printable, ways))))
+    return next((way for way in ways if len(ways) == 1 and way in list(QUANTIZATIONS)), None)
+
 # %% ../nbs/03_inference.ipynb #load-base
 def _load_base(places: dict[str, Path], base: str | Path | None, options: dict):
     name = _base_of(places) if base is None else str(base)
+    options = options if "quantize" in options else {**options, "quantize": _packed_as(places)}
     try:
         return load_model(name, **options)
     except FtkitError as error:
@@ -116,19 +124,33 @@ def _check_base(model, places: dict[str, Path], any_base: bool):
         if difference:
             raise FtkitError(f"{about}: {difference}; say where the right one is, base=..., or load it all the same, any_base=True")
 
+# %% ../nbs/03_inference.ipynb #check-all-on
+def _check_all_on(model, name: str, place: Path):
+    "`FtkitError` unless the matrices of the file are those that the model now has."
+    from peft import get_peft_model_state_dict
+
+    there = {key for key in _read_shapes(place) if "lora_" in key}
+    here = {key for key in get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False) if "lora_" in key}
+    for odd, what in ((there - here, "in its file have no place by its adapter_config.json"), (here - there, "that its adapter_config.json names are not in its file")):
+        if odd:
+            raise FtkitError(f"{place}: {len(odd)} matrices {what}, first {printable(min(odd))[:200]}: copy or save the adapter again")
+
 # %% ../nbs/03_inference.ipynb #put-on
 def _put_on(model, name: str, place: Path):
     "The model with one more adapter."
     from peft import PeftModel
 
     try:
-        with _own_random_state(0):
-            if not hasattr(model, "peft_config"):
-                return PeftModel.from_pretrained(model, str(place), adapter_name=name)
-            model.load_adapter(str(place), adapter_name=name)
-            return model
+        with _own_random_state(0), warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="Found missing adapter keys")  # told below, in one line
+            if hasattr(model, "peft_config"):
+                model.load_adapter(str(place), adapter_name=name)
+            else:
+                model = PeftModel.from_pretrained(model, str(place), adapter_name=name)
     except (RuntimeError, ValueError, TypeError, KeyError) as error:
         raise FtkitError(f"{place}: PEFT cannot load this adapter: {printable(error)[:300]}") from None
+    _check_all_on(model, name, place)
+    return model
 
 # %% ../nbs/03_inference.ipynb #put-on-all
 def _put_on_all(model, places: dict[str, Path]):
@@ -153,7 +175,7 @@ def _read_tokenizer(place: Path):
     try:
         with _quiet():
             tokenizer = AutoTokenizer.from_pretrained(str(folder))
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise FtkitError(f"{folder}: its tokenizer cannot be read: {printable(error)[:200]}") from None
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
     return tokenizer
@@ -169,7 +191,7 @@ def load_tuned(
     folder: str | Path | list | dict,  # of a run, an adapter or a model; several adapters as a list, or by name: {"pirate": folder, ...}
     base: str | Path | None = None,  # the base model; None: the one that the adapter's own configuration names
     any_base: bool = False,  # put the adapter on although the base has other weights than it was trained on; it must still fit
-    **options,  # of `load_model`: dtype, device, quantize
+    **options,  # of `load_model`: dtype, device, quantize (without it, the base is packed as it was in training)
 ):  # `(model, tokenizer)`: a `peft.PeftModel`, of a full or merged model transformers' own; in eval mode
     "Load what was trained, on the base that it was trained on; several adapters are switched by `model.set_adapter(name)`. Raises `FtkitError`."
     places = _named_folders(folder)
@@ -187,22 +209,36 @@ def load_tuned(
     return model.eval(), own or tokenizer
 
 # %% ../nbs/03_inference.ipynb #show
+def _visible(text: str) -> str:
+    "The text with its lines, what cannot be printed shown as `?`."
+    return "".join(c if c.isprintable() or c in "\n\t" else "?" for c in text)
+
+
 def show(
     pieces: Iterable[str],  # from `stream`
 ) -> None:
     "Write text as it comes. Interrupting it ends the answer too."
     try:
         for piece in pieces:
-            sys.stdout.write("".join(c if c.isprintable() or c in "\n\t" else "?" for c in piece))
+            sys.stdout.write(_visible(piece))
             sys.stdout.flush()
     finally:
         getattr(pieces, "close", lambda: None)()
     sys.stdout.write("\n")
 
+# %% ../nbs/03_inference.ipynb #check-base-kept
+def _check_base_kept(model):
+    "`FtkitError` if the model without its adapter is not the base."
+    for config in getattr(model, "peft_config", {}).values():
+        if _rewrites(config):
+            raise FtkitError(f"base: this kind of adapter ({printable(config.init_lora_weights)}) changes the base itself, so the model without it is not the base: give that one apart, compare({{'base': load_model({base_name(model)!r}), ...}})")
+
 # %% ../nbs/03_inference.ipynb #as-named
 @contextmanager
 def _as_named(model, name: str):
     "A PEFT model as the name says; afterwards as it was."
+    if name == "base":
+        _check_base_kept(model)
     if name != "base" and name not in getattr(model, "peft_config", {}) or not hasattr(model, "peft_config"):
         yield
         return
@@ -293,13 +329,13 @@ def to_html(
 ) -> str:  # a whole page, without scripts
     "The table as a page that follows the reader's light or dark setting; `Path('page.html').write_text(...)` keeps it."
     style = "<style>:root{--jp-ui-font-color2:light-dark(#5f5f5f,#a8a8a8)}body{font-family:system-ui,sans-serif;margin:2em auto;padding:0 1em;max-width:1200px}</style>"
-    head = f'<meta charset="utf-8"><meta name="color-scheme" content="light dark"><title>{html.escape(title)}</title>{style}'
-    return f'<!doctype html>\n<html lang="en"><head>{head}</head><body><h1>{html.escape(title)}</h1>{self._repr_html_()}</body></html>\n'
+    head = f'<meta charset="utf-8"><meta name="color-scheme" content="light dark"><title>{_says(title, 300)}</title>{style}'
+    return f'<!doctype html>\n<html lang="en"><head>{head}</head><body><h1>{_says(title, 300)}</h1>{self._repr_html_()}</body></html>\n'
 
 # %% ../nbs/03_inference.ipynb #to-markdown
 def _cell_markdown(pieces) -> str:
     text = ""
-    for run, differs in _runs(pieces):
+    for run, differs in _runs([(_visible(word), differs) for word, differs in pieces]):
         said = "<br>".join(" " * line.startswith((" ", "\t")) + _as_text(line, 100_000) + " " * (line.rstrip() != line and bool(line.strip())) for line in run.split("\n"))
         text += f"<b>{said}</b>" if differs else said
     return text.strip()
@@ -308,8 +344,8 @@ def _cell_markdown(pieces) -> str:
 @patch
 def to_markdown(self: Comparison) -> str:
     "The table in Markdown, what differs in bold; text of models shows as what it says and does nothing."
-    rows = [" | ".join([_as_text(prompt, 2000), *map(_cell_markdown, _marked(texts))]) for prompt, *texts in zip(self.prompts, *self.answers.values())]
-    head = " | ".join(["prompt", *map(_as_text, self.answers)])
+    rows = [" | ".join([_as_text(printable(prompt), 2000), *map(_cell_markdown, _marked(texts))]) for prompt, *texts in zip(self.prompts, *self.answers.values())]
+    head = " | ".join(["prompt", *map(_as_text, map(printable, self.answers))])
     return "\n".join([f"| {head} |", "|---" * (len(self.answers) + 1) + "|", *(f"| {row} |" for row in rows), ""])
 
 # %% ../nbs/03_inference.ipynb #answers-of
@@ -499,11 +535,17 @@ def _ask(self: Chat):
 # %% ../nbs/03_inference.ipynb #chat-answer
 @patch
 def _answer(self: Chat):
-    trouble = ""
+    trouble = "the answer was interrupted"
     try:
         with _nobody_trains(self.model): self._listen()
+        trouble = ""
     except FtkitError as error: trouble = str(error)
     except Exception as error: trouble = f"{type(error).__name__}: {printable(error)}"
+    finally: self._end(trouble)
+
+
+@patch
+def _end(self: Chat, trouble: str):
     with self._lock:
         if trouble and not self._now:
             self.chat_input.value = self.chat_input.value or self.turns[-1]["content"]

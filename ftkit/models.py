@@ -38,7 +38,7 @@ import torch
 from filelock import FileLock, Timeout
 
 from .core import cache_dir, pick_device, pick_dtype, require
-from .data import FtkitError, encode_prompt, end_of_turn_ids
+from .data import FtkitError, encode_prompt, end_of_turn_ids, printable
 
 # %% ../nbs/00b_models.ipynb #exported-imports-generate
 import base64
@@ -48,7 +48,9 @@ import math
 import queue
 import threading
 from collections.abc import Iterator
+from numbers import Real
 from typing import NamedTuple
+from weakref import WeakSet
 
 # %% ../nbs/00b_models.ipynb #chatml
 CHATML = (
@@ -212,10 +214,12 @@ class _Sampling(NamedTuple):
 
 # %% ../nbs/00b_models.ipynb #check-sampling
 def _check_sampling(temperature, top_p, top_k, seed):
+    whole = lambda value: isinstance(value, Real) and value % 1 == 0
     problems = [
-        (not 0 <= temperature < math.inf, f"temperature is {temperature!r}, it must be 0 (greedy) or a number above it"),
-        (not 0 < top_p <= 1, f"top_p is {top_p!r}, it must be above 0 and at most 1"),
-        (top_k < 0 or int(top_k) != top_k, f"top_k is {top_k!r}, it must be 0 (all tokens) or a whole number"),
+        (not (isinstance(temperature, Real) and 0 <= temperature < math.inf), f"temperature is {temperature!r}, it must be 0 (greedy) or a number above it"),
+        (not (isinstance(top_p, Real) and 0 < top_p <= 1), f"top_p is {top_p!r}, it must be above 0 and at most 1"),
+        (not whole(top_k) or top_k < 0, f"top_k is {top_k!r}, it must be 0 (all tokens) or a whole number"),
+        (not whole(seed), f"seed is {seed!r}, it must be a whole number"),
     ]
     if any(wrong for wrong, _ in problems):
         raise FtkitError("; ".join(text for wrong, text in problems if wrong))
@@ -321,15 +325,19 @@ def _answering(model):
         yield
 
 # %% ../nbs/00b_models.ipynb #encode-prompts
-@functools.cache
-def _say_once(notice):
-    logging.getLogger("ftkit").warning(notice)
+_TOLD_OF = WeakSet()  # tokenizers without a chat template of which it was said
+
+
+def _say_once(tokenizer, notice):
+    if tokenizer not in _TOLD_OF:
+        _TOLD_OF.add(tokenizer)
+        logging.getLogger("ftkit").warning(notice)
 
 
 def _encode_prompts(prompts, tokenizer):
     "Token ids of each prompt, a text or a record."
     if not tokenizer.chat_template:
-        _say_once("this tokenizer has no chat template, so prompts are laid out in the Alpaca format (### Instruction, ### Response), as in training; set tokenizer.chat_template if the model knows another layout")
+        _say_once(tokenizer, "this tokenizer has no chat template, so prompts are laid out in the Alpaca format (### Instruction, ### Response), as in training; set tokenizer.chat_template if the model knows another layout")
     records = [{"messages": [{"role": "user", "content": prompt}]} if isinstance(prompt, str) else prompt for prompt in prompts]
     return [encode_prompt(record, tokenizer) for record in records]
 
@@ -337,12 +345,12 @@ def _encode_prompts(prompts, tokenizer):
 def _limits(model, prompts, max_new_tokens):
     "The most tokens that each answer may have; `FtkitError` for a prompt that leaves no room for one."
     context = getattr(_base(model).config.get_text_config(), "max_position_embeddings", None) or math.inf
-    if max_new_tokens < 1:
-        raise FtkitError(f"max_new_tokens is {max_new_tokens}, it must be at least 1")
+    if not (isinstance(max_new_tokens, Real) and max_new_tokens >= 1 and max_new_tokens % 1 == 0):
+        raise FtkitError(f"max_new_tokens is {max_new_tokens!r}, it must be a whole number, at least 1")
     for number, ids in enumerate(prompts):
         if len(ids) >= context:
             raise FtkitError(f"prompt {number} has {len(ids):,} tokens, and the context of this model ends at {context:,}: shorten it (nothing is cut off unasked)")
-    return [min(max_new_tokens, context - len(ids)) for ids in prompts]
+    return [min(int(max_new_tokens), context - len(ids)) for ids in prompts]
 
 # %% ../nbs/00b_models.ipynb #batches
 def _batches(lengths, batch_tokens):
@@ -906,7 +914,7 @@ def _hub_reachable():
 
 # %% ../nbs/00b_models.ipynb #explain
 def _explain(name, error):
-    text = " ".join(str(error).split())
+    text = printable(error)
     if "trust_remote_code" in text:
         return f"{name} runs Python code of its own: read it on the hub, and if you trust it pass trust_remote_code=True"
     if "safetensors" in text and any(word in text for word in ("does not appear to have", "no file named", "not find")):
@@ -926,14 +934,15 @@ def _explain(name, error):
 # %% ../nbs/00b_models.ipynb #explained
 @contextmanager
 def _explained(name):
+    from huggingface_hub.errors import StrictDataclassError
     from safetensors import SafetensorError
 
     try:
         with _quiet():
             yield
-    except FtkitError:
+    except (FtkitError, torch.OutOfMemoryError):
         raise
-    except (OSError, ValueError, KeyError, ImportError, SafetensorError) as error:
+    except (OSError, ValueError, KeyError, ImportError, RuntimeError, TypeError, AttributeError, SafetensorError, StrictDataclassError) as error:
         raise FtkitError(_explain(name, error)) from None
 
 # %% ../nbs/00b_models.ipynb #quantization
@@ -1006,6 +1015,15 @@ def _settled(model, dtype):
             layer.state.__class__ = _unpacking(type(layer.state))
     return model
 
+# %% ../nbs/00b_models.ipynb #check-complete
+def _check_complete(name, found):
+    "`FtkitError` if weights were drawn at random because the files do not hold them."
+    lost = sorted(found["missing_keys"])
+    misfit = sorted(str(key[0] if isinstance(key, tuple) else key) for key in found["mismatched_keys"])
+    for names, what in ((lost, "are missing in its files"), (misfit, "have another shape in its files than its config.json says")):
+        if names:
+            raise FtkitError(f"{name}: {len(names)} of its weights {what}, first {printable(names[0])[:200]}: copy or save the model again")
+
 # %% ../nbs/00b_models.ipynb #load-model
 def load_model(
     name: str | Path = "smollm2-135m",  # "smollm2-135m" (needs no hub), a name on the hub, a folder, or a .gguf file
@@ -1025,7 +1043,8 @@ def load_model(
     with _explained(str(name)):
         quantizer = _quantizer(place, options, quantize, dtype, device)
         tokenizer = AutoTokenizer.from_pretrained(place, **options)
-        model = AutoModelForCausalLM.from_pretrained(place, dtype=dtype, **options, **quantizer, **weights)
+        model, found = AutoModelForCausalLM.from_pretrained(place, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True, **options, **quantizer, **weights)
+    _check_complete(str(name), found)
     if options.get("gguf_file"):
         _unpack(model)
     if tokenizer.pad_token is None:

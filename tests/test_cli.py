@@ -186,6 +186,20 @@ def test_further_from_an_adapter(whole):
     refused(train("words.jsonl", "--adapter", "words.jsonl"), "holds no adapter")
 
 
+def test_any_base_without_an_adapter():
+    for method in ("lora", "full"):
+        refused(train("words.jsonl", "--method", method, "--any-base"), "--any-base belongs to --adapter")
+
+
+def test_export_of_an_adapter_that_lies_alone(whole, tmp_path):
+    shutil.copytree(whole[0] / "adapter", tmp_path / "alone")
+    refused(ftkit("export", tmp_path / "alone"), "give --held-out FILE")
+    result = ftkit("export", tmp_path / "alone", "--form", "adapter", "--held-out", "words.jsonl")
+    assert result.exit_code == 0 and (tmp_path / "alone" / "export-adapter" / "certificate.json").exists(), result.output
+    refused(ftkit("export", whole[0], "--form", "adapter", "--numbers", "f16"), "leave out --numbers")
+    refused(ftkit("export", whole[0], "--numbers", "q4_0"), "--numbers q4_0: for --form safetensors there are bf16")
+
+
 def test_an_adapter_for_another_base(whole):
     refused(ftkit("train", "words.jsonl", "--model", "qwen", "--adapter", whole[0] / "adapter", "--name", "other"), "this adapter was trained on")
     assert not (whole[0].parent / "other").exists()

@@ -13,7 +13,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from ftkit.data import FtkitError
 from ftkit.inference import chat, compare, generate, load_tuned, merge, stream
 from ftkit.lora import add_lora
-from ftkit.models import base_difference, base_fingerprint, load_model, tiny_model
+from ftkit.models import base_difference, base_fingerprint, load_model, quantization, tiny_model
 from ftkit.train import Run
 
 transformers.logging.set_verbosity_error()
@@ -85,6 +85,59 @@ def test_an_adapter_of_plain_peft(base, tmp_path):
     with pytest.raises(FtkitError, match="names no base") as error:
         load_tuned(tmp_path / "plain", **CPU)
     assert one_line(error) and load_tuned(tmp_path / "plain", base=base, **CPU)
+
+
+@pytest.mark.parametrize("change, says", [
+    (dict(target_modules=["q_proj"]), "matrices in its file have no place by its adapter_config.json"),
+    (dict(target_modules=["q_proj", "v_proj", "k_proj", "o_proj", "up_proj"]), "matrices that its adapter_config.json names are not in its file"),
+])
+def test_an_adapter_whose_file_and_configuration_differ(runs, tmp_path, change, says):
+    shutil.copytree(runs["lora"].folder / "adapter", tmp_path / "adapter")
+    config = tmp_path / "adapter" / "adapter_config.json"
+    config.write_text(json.dumps({**json.loads(config.read_text()), **change}))
+    with pytest.raises(FtkitError, match=says) as error:
+        load_tuned(tmp_path / "adapter", **CPU)
+    assert one_line(error)
+
+
+@pytest.mark.parametrize("name, text", [("config.json", "[]"), ("tokenizer_config.json", "[]")])
+def test_settings_that_are_none(base, tmp_path, name, text):
+    shutil.copytree(base, tmp_path / "odd")
+    (tmp_path / "odd" / name).write_text(text)
+    with pytest.raises(FtkitError, match="odd") as error:
+        load_tuned(tmp_path / "odd", **CPU)
+    assert one_line(error)
+
+
+def test_the_base_of_a_pissa_adapter_is_not_the_model_without_it(runs, base):
+    run = runs["pissa"]
+    with pytest.raises(FtkitError, match="changes the base itself") as error:
+        compare({"base": run.model, "tuned": run.model}, "Hi", run.tokenizer)
+    assert one_line(error)
+    assert compare({"base": load_model(base, **CPU), "tuned": run.model}, "Hi", run.tokenizer, max_new_tokens=4).answers["base"] == [generate(*load_model(base, **CPU), "Hi", 4)]
+
+
+def test_an_interrupted_answer_leaves_a_box_that_can_be_used(base, monkeypatch):
+    model, tokenizer = load_model(base, **CPU)
+    box = chat(model, tokenizer, max_new_tokens=8)
+
+    def interrupted(*args, **options):
+        yield "so"
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr("ftkit.inference.stream", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            box.say("Hi")
+    assert box.turns[-1] == dict(role="assistant", content="so", stopped=True) and "interrupted" in box.chat_notice.value
+    assert box.say("Hi again") == box.turns[-1]["content"] and len(box.turns) == 4 and not box.chat_send.disabled
+
+
+def test_no_control_character_in_a_table():
+    shown = compare({"a\x1b": ["one\x1b[2J\u202e\ntwo"], "b": ["one"]}, "Hi\x1b\u202e")
+    for text in (shown.to_markdown(), shown.to_html("t\x1b\u202e"), repr(shown)):
+        assert "\x1b" not in text and "\u202e" not in text
+    assert "<br>two" in shown.to_markdown()
 
 
 def test_a_pissa_adapter_stays_alone(runs):
@@ -222,9 +275,9 @@ def test_an_adapter_that_was_trained_on_four_bits(tmp_path):
     model, tokenizer = load_model(tmp_path / "base", quantize="nf4", **CPU)
     run = Run(add_lora(model, rank=2), tokenizer, RECORDS, name="packed", root=tmp_path, **OPTIONS).fit()
     assert json.loads((run.folder / "adapter" / "training.json").read_text())["quantize"] == "nf4"
-    packed, _ = load_tuned(run.folder, quantize="nf4", **CPU)
+    packed, _ = load_tuned(run.folder, **CPU)
+    assert quantization(packed) == "nf4" and quantization(load_tuned(run.folder, quantize=None, **CPU)[0]) is None
     assert generate(packed, tokenizer, RECORDS, 8) == generate(run.model, tokenizer, RECORDS, 8)
-    assert generate(load_tuned(run.folder, **CPU)[0], tokenizer, RECORDS, 8)
     with pytest.raises(FtkitError, match="dequantize first"):
         merge(packed)
     merged = merge(dequantize(packed))

@@ -367,6 +367,44 @@ def test_unfit_folders(saved, tmp_path):
         assert one_line(error)
 
 
+def test_weights_that_are_missing_or_misshapen(saved):
+    path, weights = saved / "model.safetensors", safetensors.torch.load_file(saved / "model.safetensors")
+    lacking = {name: weight for name, weight in weights.items() if name != "model.layers.1.mlp.up_proj.weight"}
+    safetensors.torch.save_file(lacking, path, metadata={"format": "pt"})
+    with pytest.raises(FtkitError, match="1 of its weights are missing in its files, first model.layers.1.mlp.up_proj.weight") as error:
+        load_model(saved, dtype=torch.float32, device="cpu")
+    assert one_line(error)
+    safetensors.torch.save_file(weights, path, metadata={"format": "pt"})
+    config = json.loads((saved / "config.json").read_text())
+    (saved / "config.json").write_text(json.dumps({**config, "intermediate_size": 64}))
+    with pytest.raises(FtkitError, match="6 of its weights have another shape in its files than its config.json says") as error:
+        load_model(saved, dtype=torch.float32, device="cpu")
+    assert one_line(error)
+
+
+@pytest.mark.parametrize("name, text", [("config.json", "[]"), ("config.json", "5"), ("config.json", '{"model_type": "llama", "hidden_size": "a"}'), ("tokenizer_config.json", "[]"), ("tokenizer.json", "[]")])
+def test_settings_that_are_none(saved, name, text):
+    (saved / name).write_text(text)
+    with pytest.raises(FtkitError, match="cannot load the model in") as error:
+        load_model(saved, dtype=torch.float32, device="cpu")
+    assert one_line(error)
+
+
+@pytest.mark.parametrize("wrong", [dict(temperature="x"), dict(temperature=float("nan")), dict(top_p="a"), dict(top_k="a"), dict(top_k=2.5), dict(seed="a"), dict(seed=1.5), dict(max_new_tokens=2.5), dict(max_new_tokens="9"), dict(max_new_tokens=0)])
+def test_settings_of_generate(wrong):
+    with pytest.raises(FtkitError, match=f"{next(iter(wrong))} is {next(iter(wrong.values()))!r}, it must be") as error:
+        generate(*tiny_model(), "Hi", **wrong)
+    assert one_line(error)
+
+
+def test_each_tokenizer_without_a_template_is_told_of_once(caplog):
+    for _ in range(2):
+        model, tokenizer = tiny_model()
+        tokenizer.chat_template = None
+        generate(model, tokenizer, "Hi", 2), generate(model, tokenizer, "Hi", 2)
+    assert caplog.text.count("no chat template") == 2
+
+
 def test_remote_code_is_off_by_default(saved):
     config = json.loads((saved / "config.json").read_text())
     config |= {"model_type": "special", "auto_map": {"AutoConfig": "special.C", "AutoModelForCausalLM": "special.M"}}
