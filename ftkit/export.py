@@ -30,12 +30,12 @@ from .checkpoint import MANIFEST, verify_folder, write_folder
 from .control import read_journal
 from .core import cache_dir, require
 from .data import ALPACA_TEMPLATE, FtkitError, _render, _render_options, end_of_turn_ids, printable
-from .inference import _training_facts, _tuned_folder, load_tuned, merge
-from .lora import load_adapter
-from .models import _NAMES, _answering, _base, _check_weights, _quiet, _read_gguf, load_model
+from .inference import _tuned_folder, load_tuned, merge
+from .lora import _training_facts, load_adapter
+from .models import _NAMES, _answering, _base, _check_weights, _is_rewritten, _quiet, _read_gguf, load_model
 from .qlora import dequantize
 from .report import plot_losses, write_model_card
-from .train import Run, _encoded, _free_memory, _is_named, _is_rewritten, _newest_state, _read_config, save_weights
+from .train import Run, _encoded, _free_memory, _is_named, _newest_state, _read_config, save_weights
 
 # %% ../nbs/08_export.ipynb #log-probs
 @torch.no_grad()

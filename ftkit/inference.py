@@ -7,7 +7,6 @@ __all__ = ['COMPARE_STYLE', 'CHAT_STYLE', 'load_tuned', 'show', 'Comparison', 'c
 
 # %% ../nbs/03_inference.ipynb #exported-imports
 import copy
-import json
 import logging
 import re
 import sys
@@ -26,7 +25,7 @@ import torch
 from fastcore.basics import patch
 
 from .data import FtkitError, printable, to_messages
-from .lora import _misfit, _own_random_state, _read_config, _read_shapes, _same_name
+from .lora import _misfit, _own_random_state, _read_config, _read_shapes, _same_name, _training_facts
 from .models import QUANTIZATIONS, _base, _check_weights, _quiet, _rewrites, base_difference, base_fingerprint, base_name, generate, load_model, stream
 from .report import _as_text
 from .widgets import STYLE, Board, _hear_at_once, _on_enter, _row, _says
@@ -66,18 +65,6 @@ def _named_folders(folder) -> dict[str, Path]:
             raise FtkitError(f"{name!r} cannot name an adapter{' twice' * (name in named)}: give names of letters, digits, _ and -, other than 'base': load_tuned({{'name': folder, ...}})")
         named[name] = _tuned_folder(one)
     return named
-
-# %% ../nbs/03_inference.ipynb #training-facts
-def _training_facts(place: Path) -> dict:
-    "What `training.json` says; {} where there is none."
-    path = place / "training.json"
-    try:
-        facts = json.loads(path.read_text(encoding="utf-8"))
-        return {**facts, "base": dict(facts["base"])}
-    except FileNotFoundError:
-        return {}
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
-        raise FtkitError(f"{path} cannot be read: take it away to load the adapter without its check of the base") from None
 
 # %% ../nbs/03_inference.ipynb #base-of
 def _base_of(places: dict[str, Path]) -> str:

@@ -281,21 +281,28 @@ def _same_name(one: str | None, other: str | None) -> bool:
     return not one or not other or last(one) == last(other)
 
 # %% ../nbs/01_lora.ipynb #base-differs
-def _known_base(folder: Path) -> str | None:
-    "The fingerprint of the base in a run's training.json; None where there is none."
-    path = folder / "training.json"
+def _unreadable(folder: Path) -> FtkitError:
+    return FtkitError(f"{folder / 'training.json'} cannot be read: take it away to load the adapter without its check of the base")
+
+
+def _training_facts(folder: Path) -> dict:
+    "What `training.json` says; {} where there is none."
     try:
-        return json.loads(path.read_text(encoding="utf-8"))["base"]["fingerprint"]
+        facts = json.loads((folder / "training.json").read_text(encoding="utf-8"))
+        return {**facts, "base": dict(facts["base"])}
     except FileNotFoundError:
-        return None
+        return {}
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
-        raise FtkitError(f"{path} cannot be read: take it away to load the adapter without its check of the base") from None
+        raise _unreadable(folder) from None
 
 
 def _other_base(model, folder: Path, name: str | None) -> str | None:
     "Why this is not the base of the adapter, in words; None where it is."
-    if known := _known_base(folder):
-        return base_difference(known, base_fingerprint(model))
+    base = _training_facts(folder).get("base", {"fingerprint": None})
+    if "fingerprint" not in base:
+        raise _unreadable(folder)
+    if base["fingerprint"]:
+        return base_difference(base["fingerprint"], base_fingerprint(model))
     return None if _same_name(name, base_name(model)) else "they have other names"
 
 # %% ../nbs/01_lora.ipynb #load-adapter

@@ -1099,6 +1099,11 @@ def _rewrites(config):
     "Whether this kind of adapter changes the weights that it wraps, when it is put on."
     return str(getattr(config, "init_lora_weights", "")).startswith(_REWRITERS)
 
+
+def _is_rewritten(model) -> bool:
+    "Whether its adapter has changed the weights under it, so that switching it off does not give the base."
+    return any(map(_rewrites, getattr(model, "peft_config", {}).values()))
+
 # %% ../nbs/00b_models.ipynb #probe-values
 def _probe(weight, known):
     "(8,) bfloat16, spread over the weight; NaN where its values cannot be had."
@@ -1112,7 +1117,7 @@ def base_fingerprint(
     model,  # a model of transformers, or a PEFT model around one
 ) -> str:  # 32 hexadecimal digits for names and shapes, a colon, the values in base64; some kilobytes
     "What a base model is known by, whatever its dtype and with or without an adapter on it; `base_difference` compares two."
-    rewritten = any(map(_rewrites, getattr(model, "peft_config", {}).values()))
+    rewritten = _is_rewritten(model)
     digest, values = hashlib.sha256(), []
     for name, (weight, wrapped) in _base_parameters(model).items():
         shape = getattr(getattr(weight, "quant_state", None), "shape", None) or weight.shape

@@ -48,7 +48,7 @@ from .core import cache_dir, pick_device, pick_dtype, require, write_atomic
 from .data import FtkitError, collate, encode_data, encode_prompt, fingerprint, load_records, printable
 from .lens import lens
 from .loss import LossPlan, compile_layers, loss_plan, loss_sum, trained_tokens, uncompile_layers
-from .models import _base, _rewrites, base_fingerprint, base_name, generate, load_model, quantization
+from .models import _base, _is_rewritten, base_fingerprint, base_name, generate, load_model, quantization
 from .preflight import FINDINGS, preflight
 from .report import write_model_card
 
@@ -1099,11 +1099,6 @@ def _log_evaluation(self: Run, loss: float):
         self.journal.write("sample_failed", step=self.step, tokens=self.tokens, error=f"{type(error).__name__}: {printable(error)}")
 
 # %% ../nbs/00c_train.ipynb #as-of
-def _is_rewritten(model) -> bool:
-    "Whether its adapter has changed the weights under it, so that switching it off does not give the base."
-    return any(map(_rewrites, getattr(model, "peft_config", {}).values()))
-
-
 @patch
 @contextlib.contextmanager
 def _as_of(self: Run, at: str | int):

@@ -46,6 +46,18 @@ def tiny(tmp_path_factory):
     return Run(add_lora(model, targets="all-linear"), tokenizer, records, records[:2], root=tmp_path_factory.mktemp("tiny"), quiet=True, prompts=[], **options).fit()
 
 
+@pytest.fixture(scope="module")
+def four_bit(tiny, tmp_path_factory):
+    "A run of an adapter on the tiny run's result, in four bits."
+    pytest.importorskip("bitsandbytes")
+    tmp_path = tmp_path_factory.mktemp("packed")
+    export(tiny, tmp_path / "base", numbers="f32")
+    model, tokenizer = load_model(tmp_path / "base", quantize="nf4", device="cpu")
+    records = [{"instruction": q, "output": a} for q, a in zip(["one", "two"] * 4, ["an app", "a vacuum"] * 4)]
+    options = dict(learning_rate=2e-2, per_device_train_batch_size=4, max_steps=20, eval_strategy="no", allow="held_out_in_training")
+    return Run(add_lora(model, targets="all-linear"), tokenizer, records, records[:2], root=tmp_path / "runs", quiet=True, prompts=[], **options).fit()
+
+
 def bpe():
     marks = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
     return transformers.PreTrainedTokenizerFast(tokenizer_object=byte_level(marks), bos_token=marks[1], eos_token=marks[2], pad_token=marks[0], chat_template=CHATML)
@@ -156,14 +168,8 @@ def test_a_run_folder_and_an_adapter_folder_are_exported_as_the_run_is(run, tmp_
     assert whole.ok and alone.ok and abs(whole.effect - alone.effect) < 1e-4 * whole.effect
 
 
-def test_an_adapter_trained_on_four_bits_is_exported_as_it_answers(tiny, tmp_path):
-    pytest.importorskip("bitsandbytes")
-    export(tiny, tmp_path / "base", numbers="f32")
-    model, tokenizer = load_model(tmp_path / "base", quantize="nf4", device="cpu")
-    records = [{"instruction": q, "output": a} for q, a in zip(["one", "two"] * 4, ["an app", "a vacuum"] * 4)]
-    options = dict(learning_rate=2e-2, per_device_train_batch_size=4, max_steps=20, eval_strategy="no", allow="held_out_in_training")
-    run = Run(add_lora(model, targets="all-linear"), tokenizer, records, records[:2], root=tmp_path / "runs", quiet=True, prompts=[], **options).fit()
-    certificate = export(run, tmp_path / "out", "gguf", "f16")
+def test_an_adapter_trained_on_four_bits_is_exported_as_it_answers(four_bit, tmp_path):
+    certificate = export(four_bit, tmp_path / "out", "gguf", "f16")
     assert certificate.ok and certificate.arithmetic == "float32" and certificate.kept == 1
 
 
@@ -257,15 +263,9 @@ def test_a_pissa_run_without_its_first_step_says_so(tmp_path):
         run.sample([{"instruction": "one"}], at="base")
 
 
-def test_a_four_bit_run_is_exported_from_its_folder_as_it_answers(tiny, tmp_path):
-    pytest.importorskip("bitsandbytes")
-    export(tiny, tmp_path / "base", numbers="f32")
-    model, tokenizer = load_model(tmp_path / "base", quantize="nf4", device="cpu")
-    records = [{"instruction": q, "output": a} for q, a in zip(["one", "two"] * 4, ["an app", "a vacuum"] * 4)]
-    options = dict(learning_rate=2e-2, per_device_train_batch_size=4, max_steps=20, eval_strategy="no", allow="held_out_in_training")
-    run = Run(add_lora(model, targets="all-linear"), tokenizer, records, records[:2], root=tmp_path / "runs", quiet=True, prompts=[], **options).fit()
-    export(run.save(), tmp_path / "out", numbers="f32")
-    assert verify_export(run, tmp_path / "out").drift < 1e-3
+def test_a_four_bit_run_is_exported_from_its_folder_as_it_answers(four_bit, tmp_path):
+    export(four_bit.save(), tmp_path / "out", numbers="f32")
+    assert verify_export(four_bit, tmp_path / "out").drift < 1e-3
 
 
 def test_a_token_among_the_options_is_refused_and_not_repeated(tmp_path):

@@ -3,7 +3,7 @@ import sys
 
 import pytest
 import torch
-from transformers import TrainerCallback
+from stopping import At, same, stop, weights
 
 from ftkit.control import send
 from ftkit.data import FtkitError, collate, encode_data
@@ -38,29 +38,6 @@ def new_run(folder, root, how="nf4", **more):
     model, tokenizer = load(folder, how)
     adapted = add_lora(model, rank=4, targets="all-linear")
     return Run(adapted, tokenizer, RECORDS[:11], RECORDS[11:], root=root, **{**OPTIONS, **more})
-
-
-def weights(run):
-    return {name: weight.detach().clone() for name, weight in run.model.named_parameters() if weight.requires_grad}
-
-
-def same(a, b):
-    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
-
-
-class At(TrainerCallback):
-    "Do something at the end of one step."
-
-    def __init__(self, step, do):
-        self.step, self.do = step, do
-
-    def on_step_end(self, args, state, control, **kwargs):
-        if state.global_step == self.step:
-            self.do(control)
-
-
-def stop(control):
-    control.should_training_stop = True
 
 
 @pytest.fixture(scope="module")

@@ -10,6 +10,7 @@ import weakref
 import peft
 import pytest
 import torch
+from stopping import At, same, stop, weights
 from transformers import EarlyStoppingCallback, TrainerCallback
 
 from ftkit.checkpoint import checkpoints
@@ -34,29 +35,6 @@ def adapted(seed=0):
 def new_run(root, **more):
     model, tokenizer = adapted()
     return Run(model, tokenizer, RECORDS[:11], RECORDS[11:], root=root, **{**OPTIONS, **more})
-
-
-def weights(run):
-    return {name: weight.detach().clone() for name, weight in run.model.named_parameters() if weight.requires_grad}
-
-
-def same(a, b):
-    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
-
-
-class At(TrainerCallback):
-    "Do something at the end of one step."
-
-    def __init__(self, step, do):
-        self.step, self.do = step, do
-
-    def on_step_end(self, args, state, control, **kwargs):
-        if state.global_step == self.step:
-            self.do(control)
-
-
-def stop(control):
-    control.should_training_stop = True
 
 
 @pytest.fixture(scope="module")

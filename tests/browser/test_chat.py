@@ -1,7 +1,6 @@
 """The chat box in JupyterLab in a real browser, with the demo model. The tests share one page, in order."""
 import os
 import time
-from pathlib import Path
 
 import lab
 import pytest
@@ -9,15 +8,6 @@ import pytest
 EVIL = "<script>window.hacked = 1</script><img src=x onerror='window.hacked = 2'>"
 IMPORTS = "import time\nimport ftkit.inference\nfrom ftkit.inference import chat\nfrom ftkit.models import load_model"
 START = f"EVIL = {EVIL!r}\nmodel, tokenizer = load_model('smollm2-135m')\nbox = chat(model, tokenizer)\nbox"
-
-
-@pytest.fixture(scope="module")
-def pictures(tmp_path_factory):
-    "Where screenshots go: the folder named by FTKIT_SCREENSHOTS, or pytest's own."
-    chosen = os.environ.get("FTKIT_SCREENSHOTS")
-    path = Path(chosen) if chosen else tmp_path_factory.mktemp("screenshots")
-    path.mkdir(parents=True, exist_ok=True)
-    return path
 
 
 @pytest.fixture(scope="module")

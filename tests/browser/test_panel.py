@@ -54,15 +54,6 @@ def folder(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def pictures(tmp_path_factory):
-    "Where screenshots go: the folder named by FTKIT_SCREENSHOTS, or pytest's own."
-    chosen = os.environ.get("FTKIT_SCREENSHOTS")
-    path = Path(chosen) if chosen else tmp_path_factory.mktemp("screenshots")
-    path.mkdir(parents=True, exist_ok=True)
-    return path
-
-
-@pytest.fixture(scope="module")
 def elsewhere(folder):
     "The folder of a run that another process trains."
     with open(folder / "elsewhere.log", "wb") as log:
