@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['HEADER_LIMIT', 'ENTRY_LIMIT', 'BITS', 'SETTINGS', 'CODE_KEYS', 'HARMLESS', 'check_safetensors', 'check_links',
-           'check_index', 'code_in', 'folder_revision', 'check_code', 'redacted', 'holds_secret']
+           'open_plain', 'check_index', 'code_in', 'folder_revision', 'check_code', 'redacted', 'holds_secret']
 
 # %% ../nbs/00a2_untrusted.ipynb #exported-imports
 import hashlib
@@ -91,6 +91,14 @@ def _home(folder: Path) -> Path:
     cached = folder.parent.name == "snapshots" and folder.parent.parent.name.startswith("models--")
     return folder.parent.parent if cached else folder
 
+# %% ../nbs/00a2_untrusted.ipynb #kind-of
+def _kind_of(path: Path) -> int:
+    "The mode of what is there, that of a plain file where nothing is any more."
+    try:
+        return path.lstat().st_mode
+    except FileNotFoundError:
+        return stat.S_IFREG
+
 # %% ../nbs/00a2_untrusted.ipynb #check-links
 def check_links(
     folder: str | Path,  # of a model, an adapter or a run; may be a link itself
@@ -101,9 +109,18 @@ def check_links(
         for path in (Path(place, name) for name in (*names, *files)):
             if path.is_symlink() and not Path(os.path.realpath(path)).is_relative_to(home):
                 raise FtkitError(f"{path} is a link that leads out of its folder, and is not followed: put the file itself there")
-            kind = path.lstat().st_mode
+            kind = _kind_of(path)
             if not (stat.S_ISREG(kind) or stat.S_ISDIR(kind) or stat.S_ISLNK(kind)):
                 raise FtkitError(f"{path} is neither a file nor a folder: take it away")
+
+# %% ../nbs/00a2_untrusted.ipynb #open-plain
+def open_plain(
+    path: str | Path,  # of a file; made where the mode says so
+    mode: str = "rb",  # as for `open`
+    **more,  # likewise
+):  # the open file
+    "Open a file that is no link, where the system can tell; `OSError` for one that is."
+    return open(path, mode, opener=lambda name, flags: os.open(name, flags | getattr(os, "O_NOFOLLOW", 0), 0o666), **more)
 
 # %% ../nbs/00a2_untrusted.ipynb #read-json
 def _read_json(path: Path, limit: int = HEADER_LIMIT):
@@ -210,7 +227,7 @@ _SECRET_FORMS = (
 def _known_secrets() -> tuple[str, ...]:
     "Values of the environment that are secret, longest first."
     values = {value.strip() for name, value in os.environ.items() if _SECRET_NAMES.search(name)}
-    return tuple(sorted((v for v in values if len(v) >= 8 and not v.isdigit() and not os.path.exists(v)), key=len, reverse=True))
+    return tuple(sorted((v for v in values if len(v) >= 8 and (len(v) >= 16 or re.search(r"\d", v)) and not v.isdigit() and not os.path.exists(v)), key=len, reverse=True))
 
 # %% ../nbs/00a2_untrusted.ipynb #secret-pattern
 @lru_cache(4)
