@@ -11,6 +11,7 @@ __all__ = ['ACTIONS', 'MOST_PROMPTS', 'LONGEST_PROMPT', 'NUMBERS', 'LINE_LIMIT',
 import json
 import math
 import os
+import stat
 import threading
 import time
 from collections import deque
@@ -25,6 +26,7 @@ from uuid import uuid4
 from fastcore.basics import patch
 
 from .data import FtkitError
+from .untrusted import open_plain, redacted
 
 # %% ../nbs/00c2_control.ipynb #actions
 ACTIONS = {
@@ -122,6 +124,15 @@ class Request:
     step: int | None = None  # the optimizer step at which it was applied or refused
     reason: str | None = None  # why it was refused
 
+# %% ../nbs/00c2_control.ipynb #plain-size
+def _size(path: str) -> int | None:
+    "Bytes of a plain file; None for one that is missing, a link or a pipe."
+    try:
+        found = os.lstat(path)
+    except OSError:
+        return None
+    return found.st_size if stat.S_ISREG(found.st_mode) else None
+
 # %% ../nbs/00c2_control.ipynb #line-reader
 class LineReader:
     "Hands out the new whole lines of a growing file."
@@ -139,10 +150,10 @@ class LineReader:
 @patch
 def grown(self: LineReader) -> bool:
     "Whether a look is worth it; one `stat` call."
-    try:
-        self.size = os.stat(self.path).st_size
-    except OSError:
+    size = _size(self.path)
+    if size is None:
         return False
+    self.size = size
     if self.size < self.offset:  # somebody emptied or replaced the file
         self.offset, self.skipping = 0, False
     return self.size != self.seen and self.size != self.offset
@@ -151,7 +162,7 @@ def grown(self: LineReader) -> bool:
 @patch
 def _chunk(self: LineReader) -> tuple[list[bytes], bytes, bool]:
     "Whole lines, the beginning of the next one, and whether the limit ended the look."
-    with open(self.path, "rb") as file:
+    with open_plain(self.path) as file:
         file.seek(self.offset)
         data = file.read(self.limit)
     full = len(data) == self.limit
@@ -197,7 +208,7 @@ def _number(value: float) -> float | str:
 
 # %% ../nbs/00c2_control.ipynb #plain-values
 def _plain(value):
-    "The value in JSON's own types; numbers that JSON lacks as strings."
+    "The value in JSON's own types, without secrets; numbers that JSON lacks as strings."
     if isinstance(value, float):
         return _number(value)
     if isinstance(value, dict):
@@ -205,7 +216,7 @@ def _plain(value):
     if isinstance(value, (list, tuple, set, frozenset)):
         return [_plain(item) for item in value]
     if isinstance(value, str):
-        return value.encode(errors="replace").decode()  # half a character, which JSON readers refuse
+        return redacted(value.encode(errors="replace").decode())  # half a character, which JSON readers refuse
     if value is None or isinstance(value, int):
         return value
     return _plain(value.tolist()) if hasattr(value, "tolist") else str(value)  # arrays, tensors and their numbers
@@ -220,7 +231,7 @@ class LineWriter:
     ):
         self.path, self._lock, self._torn = Path(path), threading.RLock(), False
         with _explained("open", self.path):
-            self._file = open(self.path, "ab+", buffering=0)
+            self._file = open_plain(self.path, "ab+", buffering=0)
             if self._file.seek(0, os.SEEK_END):
                 self._file.seek(-1, os.SEEK_END)
                 self._torn = self._file.read(1) != b"\n"
@@ -273,7 +284,7 @@ def _events(lines: list[bytes | None]) -> list[dict]:
 # %% ../nbs/00c2_control.ipynb #last-time
 def _last_time(path: Path) -> float | None:
     "Unix time of the file's last event."
-    with _explained("read", path), path.open("rb") as file:
+    with _explained("read", path), open_plain(path) as file:
         file.seek(max(0, file.seek(0, os.SEEK_END) - 2**20))
         events = (_event(line) for line in reversed(file.read().split(b"\n")))
         return next((at for event in events if event and (at := _seconds(event.get("time")))), None)

@@ -32,10 +32,11 @@ from .core import cache_dir, require
 from .data import ALPACA_TEMPLATE, FtkitError, _render, _render_options, end_of_turn_ids, printable
 from .inference import _tuned_folder, load_tuned, merge
 from .lora import _training_facts, load_adapter
-from .models import _NAMES, _answering, _base, _check_weights, _is_rewritten, _quiet, _read_gguf, load_model
+from .models import _NAMES, _answering, _base, _check_weights, _is_rewritten, _quiet, _read_gguf, load_model, read_tokenizer
 from .qlora import dequantize
 from .report import plot_losses, write_model_card
 from .train import Run, _encoded, _free_memory, _is_named, _newest_state, _read_config, save_weights
+from .untrusted import holds_secret, redacted
 
 # %% ../nbs/08_export.ipynb #log-probs
 @torch.no_grad()
@@ -571,8 +572,8 @@ def _read_gguf_back(path: Path):
     facts, tensors = _read_gguf(path)
     folder, options = str(path.parent), {"gguf_file": path.name}
     with _quiet(), redirect_stderr(io.StringIO()):  # its bar has no switch
-        model = transformers.AutoModelForCausalLM.from_pretrained(folder, config=_gguf_config(path, facts, tensors), dtype=torch.float32, **options)
-        tokenizer = transformers.AutoTokenizer.from_pretrained(folder, **options)
+        model = transformers.AutoModelForCausalLM.from_pretrained(folder, config=_gguf_config(path, facts, tensors), dtype=torch.float32, trust_remote_code=False, **options)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=False, **options)
     if facts.get("tokenizer.ggml.pre") in SPLITS:
         tokenizer.backend_tokenizer.pre_tokenizer = _split_rule(facts["tokenizer.ggml.pre"])
     if "rope_freqs.weight" in tensors:
@@ -595,7 +596,7 @@ def _read_back(target: Path, reference: "_Reference"):
     _check_weights(target)
     if not (target / "adapter_config.json").exists():
         return *load_model(target, dtype=torch.float32, device="cpu"), {}
-    tokenizer = transformers.AutoTokenizer.from_pretrained(target)
+    tokenizer = read_tokenizer(target)
     with reference.source.base(reference.model) as base:
         plain = _plain(base)
     return load_adapter(plain, target).eval(), tokenizer, {}
@@ -1011,7 +1012,7 @@ def _fill(reference: _Reference, hidden: Path, folder: Path, form: str, numbers:
     if not certificate.ok:
         raise FtkitError(f"{folder} was not written, since its export as {_verdict(certificate)}")
     certificate.notes += notes + ([] if card["license"] else [f"the licence of {printable(card['base_model'])} is unknown here: see the base, its terms go with this model"])
-    (hidden / "certificate.json").write_text(json.dumps(asdict(certificate) | {"ok": True}, indent=1), encoding="utf-8")
+    (hidden / "certificate.json").write_text(json.dumps(redacted(asdict(certificate)) | {"ok": True}, indent=1), encoding="utf-8")
     if reference.source.history:
         plot_losses(reference.source.history).savefig(hidden / "losses.png", dpi=120, facecolor="white")
     write_model_card(hidden, _card_facts(card, certificate, hidden, form))
@@ -1067,7 +1068,7 @@ def _without_token(text: object) -> str:
     text = printable(text)
     for secret in _secrets():
         text = text.replace(secret, "[token]")
-    return re.sub(r"hf_\w+|(?i:bearer)\s+\S+", "[token]", text)
+    return redacted(re.sub(r"hf_\w+|(?i:bearer)\s+\S+", "[token]", text))
 
 # %% ../nbs/08_export.ipynb #check-secrets
 def _check_secrets(folder: Path, names: list[str]) -> None:
@@ -1075,7 +1076,7 @@ def _check_secrets(folder: Path, names: list[str]) -> None:
     for name in names:
         if name == "Modelfile" or Path(name).suffix in (".json", ".md", ".jinja", ".txt"):
             text = (folder / name).read_text(encoding="utf-8", errors="replace")
-            if re.search(r"\bhf_[A-Za-z0-9]{20,}", text) or any(secret in text for secret in _secrets()):
+            if re.search(r"\bhf_[A-Za-z0-9]{20,}", text) or any(secret in text for secret in _secrets()) or name != "tokenizer.json" and holds_secret(text):
                 raise FtkitError(f"{folder / name} seems to hold an access token and is not sent: take it out, and withdraw the token")
 
 # %% ../nbs/08_export.ipynb #push

@@ -33,6 +33,7 @@ from .control import ACTIONS, RemoteControl, check_action, new_events
 from .curves import Curves, _plain, describe, draw
 from .data import FtkitError, printable, to_messages
 from .train import Run, _advice
+from .untrusted import check_links, open_plain, redacted
 from .widgets import STYLE, Board, _hear_at_once, _on_enter, _row, _says
 
 # %% ../nbs/04_live.ipynb #view
@@ -367,7 +368,8 @@ def stale_html(
 # %% ../nbs/04_live.ipynb #read-lines
 def _read_lines(path: Path, most: int = 400_000) -> list[dict]:
     "The JSON objects at the end of a file of lines."
-    try: text = path.read_bytes()[-most:].decode(errors="replace")
+    try:
+        with open_plain(path) as file: text = file.read()[-most:].decode(errors="replace")
     except OSError: return []
     found = []
     for line in text.split("\n"):
@@ -426,7 +428,7 @@ def _lens_rows(view: RunView, step: int | None = None) -> tuple[int, list[dict]]
     "Step and rows of a lens, the newest or that of a step; (0, []) for none."
     files = [file for file in view.lenses if step is None or file.endswith(f"-{step:06d}.json")]
     try:
-        found = json.loads((view.folder / files[-1]).read_text(encoding="utf-8"))
+        with open_plain(view.folder / files[-1]) as file: found = json.loads(file.read())
         return int(found["step"]), [row for row in map(_lens_row, found["rows"]) if len(row["tokens"]) == len(row["trained"]) == len(row["losses"])]
     except (OSError, ValueError, IndexError, KeyError, TypeError, OverflowError, RecursionError): return 0, []
 
@@ -538,6 +540,7 @@ def _look_at(self: Panel, run):
     "Take a run, or a folder, as what is shown and steered."
     self.run, folder = (run, run.folder) if isinstance(run, Run) else (None, Path(run))
     if not any((folder / name).is_file() for name in ("config.yaml", "journal.jsonl")): raise FtkitError(f"{folder} is not the folder of a run: it has neither config.yaml nor journal.jsonl")
+    check_links(folder)
     self.view, self.config = RunView(folder), _read_config(folder)
     self.overlaid = _ancestors(folder, self.config)
     self.view.poll()
@@ -590,7 +593,7 @@ def ask(
 def _tell(self: Panel, what: str, error):
     "Show in the list of actions that something could not be done."
     with self._lock:
-        self.view.requests.append(dict(id="", action=what, status="refused", source="panel", reason=printable(error)))
+        self.view.requests.append(dict(id="", action=what, status="refused", source="panel", reason=redacted(printable(error))))
         self._refresh()
 
 
@@ -607,7 +610,6 @@ def _aside(self: Panel, what: str, work):
         self._waiting.append(asked)
         self._refresh()
     threading.Thread(target=guarded, name=f"ftkit {what}", daemon=True).start()
-
 
 # %% ../nbs/04_live.ipynb #button-row
 @patch
@@ -965,8 +967,7 @@ def _note_unsaid(self: Panel, is_over: bool):
     if not unsaid or _is_locked(view.folder): view.silent = None
     elif view.silent is None:
         error = run._error or FtkitError("training ended with an error, which the cell shows that trained")
-        view.silent = dict(error=f"{type(error).__name__}: {error}", traceback="".join(traceback.format_exception(error))[-8000:], advice=_advice(error, run))
-
+        view.silent = redacted(dict(error=f"{type(error).__name__}: {error}", traceback="".join(traceback.format_exception(error))[-8000:], advice=_advice(error, run)))
 
 # %% ../nbs/04_live.ipynb #look
 @patch

@@ -16,8 +16,9 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
-from .data import FtkitError
-from .models import base_difference, base_fingerprint, base_name, quantization
+from .data import FtkitError, printable
+from .models import _check_weights, base_difference, base_fingerprint, base_name, quantization
+from .untrusted import check_safetensors, code_in
 
 # %% ../nbs/01_lora.ipynb #linear-layers
 def _linear_layers(model) -> dict[str, nn.Module]:
@@ -226,6 +227,20 @@ def save_adapter(
     card.unlink(missing_ok=True) if before is None else card.write_bytes(before)
     return folder
 
+# %% ../nbs/01_lora.ipynb #wild
+def _is_wild(pattern) -> bool:
+    "Whether a regular expression could take for ever: repetitions of repetitions, or very many."
+    return isinstance(pattern, str) and (len(pattern) > 2000 or len(re.findall(r"[*+{]", pattern)) > 16 or bool(re.search(r"\)\s*[*+{]", pattern)))
+
+
+def _odd_settings(config: dict) -> str | None:
+    "What PEFT should not be given from a stranger, in words."
+    patterns = [config.get(name) for name in ("target_modules", "exclude_modules", "layers_pattern")]
+    patterns += [key for name in ("rank_pattern", "alpha_pattern") if isinstance(config.get(name), dict) for key in config[name]]
+    if any(map(_is_wild, patterns)):
+        return "it names its layers by a regular expression that could take for ever"
+    return "it multiplies the layers of its base" if config.get("layer_replication") else None
+
 # %% ../nbs/01_lora.ipynb #read-adapter
 def _read_config(folder: Path) -> dict:
     path = folder / "adapter_config.json"
@@ -233,24 +248,22 @@ def _read_config(folder: Path) -> dict:
         config = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise FtkitError(f"{folder}: no adapter_config.json there: give the folder that holds it and adapter_model.safetensors") from None
-    except ValueError:
+    except (OSError, ValueError, RecursionError):
         raise FtkitError(f"{path}: not JSON: save the adapter again") from None
     if not isinstance(config, dict) or config.get("peft_type") != "LORA":
         raise FtkitError(f"{path}: not a LoRA adapter: load it with PEFT's own PeftModel.from_pretrained")
+    if (odd := next(iter(code_in(folder)), None) or _odd_settings(config)):
+        raise FtkitError(f"{folder}: this adapter is not loaded: {odd if ' ' in odd and ': ' not in odd else 'it names code, ' + odd}: take it from elsewhere")
     return config
 
 # %% ../nbs/01_lora.ipynb #read-shapes
 def _read_shapes(folder: Path) -> dict[str, tuple]:
     "Name -> shape of every tensor, from the file's header."
-    from safetensors import SafetensorError, safe_open
-
     path = folder / "adapter_model.safetensors"
-    try:
-        with safe_open(path, framework="pt") as file:
-            return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}
-    except (OSError, SafetensorError) as problem:
-        reason = "no such file" if isinstance(problem, FileNotFoundError) else "damaged or cut short"
-        raise FtkitError(f"{path}: {reason}: save or copy the adapter again") from None
+    _check_weights(folder)
+    if not path.is_file():
+        raise FtkitError(f"{path}: no such file: save or copy the adapter again")
+    return {name: tuple(entry["shape"]) for name, entry in check_safetensors(path).items() if name != "__metadata__"}
 
 # %% ../nbs/01_lora.ipynb #misfit
 _FACTOR = re.compile(r"base_model\.model\.(.+)\.lora_([AB])\.weight")
@@ -272,6 +285,15 @@ def _misfit(model, shapes: dict[str, tuple]) -> str | None:
             return f"{name} has {here} {side} here and {there} in the adapter"
     if not any(map(_FACTOR.fullmatch, shapes)):
         return "its file holds no LoRA matrices"
+
+# %% ../nbs/01_lora.ipynb #check-rank
+def _check_rank(config: dict, shapes: dict[str, tuple], folder: Path):
+    "`FtkitError` if a rank is claimed that no matrix of the file has."
+    held = max((shape[0] for key, shape in shapes.items() if ".lora_A." in key and shape), default=0)
+    claimed = [config.get("r"), *(config.get("rank_pattern") or {}).values()] if isinstance(config.get("rank_pattern") or {}, dict) else [None]
+    odd = next((rank for rank in claimed if type(rank) is not int or not 0 < rank <= held), None) if held else None
+    if held and (odd is not None or None in claimed):
+        raise FtkitError(f"{folder}: its adapter_config.json claims rank {printable(odd)[:20]} and the largest matrix in its file has {held}: copy or save the adapter again")
 
 # %% ../nbs/01_lora.ipynb #same-name
 def _same_name(one: str | None, other: str | None) -> bool:
@@ -305,6 +327,43 @@ def _other_base(model, folder: Path, name: str | None) -> str | None:
         return base_difference(base["fingerprint"], base_fingerprint(model))
     return None if _same_name(name, base_name(model)) else "they have other names"
 
+# %% ../nbs/01_lora.ipynb #check-all-on
+def _check_all_on(model, name: str, place: Path):
+    "`FtkitError` unless the matrices of the file are those that the model now has."
+    from peft import get_peft_model_state_dict
+
+    there = {key for key in _read_shapes(place) if "lora_" in key}
+    here = {key for key in get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False) if "lora_" in key}
+    for odd, what in ((there - here, "in its file have no place by its adapter_config.json"), (here - there, "that its adapter_config.json names are not in its file")):
+        if odd:
+            raise FtkitError(f"{place}: {len(odd)} matrices {what}, first {printable(min(odd))[:200]}: copy or save the adapter again")
+
+# %% ../nbs/01_lora.ipynb #put-on
+def _put_on(model, name: str, place: Path, trainable: bool = False):
+    "The model with one more adapter."
+    from peft import PeftModel
+
+    _check_rank(_read_config(place), _read_shapes(place), place)
+    try:
+        with _own_random_state(0), warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="Found missing adapter keys")  # told below, in one line
+            if hasattr(model, "peft_config"):
+                model.load_adapter(str(place), adapter_name=name)
+            else:
+                model = PeftModel.from_pretrained(model, str(place), adapter_name=name, is_trainable=trainable)
+    except (RuntimeError, ValueError, TypeError, KeyError, re.error) as error:
+        raise FtkitError(f"{place}: PEFT cannot load this adapter: {printable(error)[:300]}") from None
+    _check_all_on(model, name, place)
+    return model
+
+# %% ../nbs/01_lora.ipynb #take-off
+def _take_off(model):
+    "Put the layers of a base back that an adapter has wrapped."
+    for name, layer in [(name, layer) for name, layer in model.named_modules() if "base_layer" in layer._modules]:
+        model.set_submodule(name, layer.base_layer)
+    for mark in ("peft_config", "_hf_peft_config_loaded"):
+        model.__dict__.pop(mark, None)
+
 # %% ../nbs/01_lora.ipynb #load-adapter
 def load_adapter(
     model: nn.Module,  # the base model, without adapter; wrapped in place
@@ -313,8 +372,6 @@ def load_adapter(
     any_base: bool = False,  # load although the base is another one; it must still fit
 ):  # `peft.PeftModel`
     "Load a LoRA adapter after checking that it belongs to this model; otherwise an `FtkitError` that names both, and `model` is as it was."
-    from peft import PeftModel
-
     folder = Path(folder)
     _refuse_second_adapter(model)
     theirs, ours, misfit = _read_config(folder).get("base_model_name_or_path"), base_name(model), _misfit(model, _read_shapes(folder))
@@ -323,5 +380,8 @@ def load_adapter(
         raise FtkitError(f"{about}, which it does not fit: {misfit}")
     if not any_base and (difference := _other_base(model, folder, theirs)):
         raise FtkitError(f"{about}: {difference}; load {theirs!r} as base, or say any_base=True to load it all the same")
-    with _own_random_state(0):
-        return PeftModel.from_pretrained(model, str(folder), is_trainable=trainable)
+    try:
+        return _put_on(model, "default", folder, trainable)
+    except FtkitError:
+        _take_off(model)
+        raise

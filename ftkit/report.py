@@ -12,6 +12,7 @@ from pathlib import Path
 
 from .core import write_atomic
 from .data import FtkitError, printable
+from .untrusted import redacted
 
 # %% ../nbs/00c5_report.ipynb #smooth
 def smooth(
@@ -129,6 +130,7 @@ def write_model_card(
     if unknown or not facts.get("base_model"):
         wrong = f"unknown facts {', '.join(map(repr, unknown))}" if unknown else "base_model is missing"
         raise FtkitError(f"model card: {wrong}; the facts are {', '.join(CARD_FACTS)}")
+    facts = redacted(facts)
     parts, what = _header(facts), _what_it_is(facts)
     parts += [f"# {_as_text(facts['title']) if facts.get('title') else what}", "", f"{what}, trained with ftkit."]
     if facts.get("note"): parts += ["", _as_text(facts["note"], 2000)]

@@ -410,7 +410,7 @@ def test_remote_code_is_off_by_default(saved):
     config |= {"model_type": "special", "auto_map": {"AutoConfig": "special.C", "AutoModelForCausalLM": "special.M"}}
     (saved / "config.json").write_text(json.dumps(config))
     (saved / "special.py").write_text(f"open({str(saved / 'ran')!r}, 'w')\n")
-    with pytest.raises(FtkitError, match="trust_remote_code=True") as error:
+    with pytest.raises(FtkitError, match="brings code of its own") as error:
         load_model(saved, dtype=torch.float32, device="cpu")
     assert one_line(error) and not (saved / "ran").exists()
 
