@@ -4,10 +4,11 @@
 
 # %% auto #0
 __all__ = ['ORDERS', 'length_grouped_order', 'plan_steps', 'split_step', 'pack_rows', 'pack_evenly', 'StepSampler',
-           'own_randomness', 'is_live', 'StepRows', 'makes_rows', 'freeze_rows', 'collate_rows']
+           'own_randomness', 'is_live', 'StepRows', 'makes_rows', 'freeze_rows', 'collate_rows', 'subset', 'mix']
 
 # %% ../nbs/00a2_batches.ipynb #exported-imports
 import hashlib
+import logging
 import random
 from bisect import bisect_left, insort
 from contextlib import contextmanager
@@ -127,7 +128,7 @@ def _rows(self: StepSampler, numbers: list[int]) -> list[tuple[int, list[int]]]:
     if self.capacity is None: return [(self.epoch, [number]) for number in numbers]
     return [(self.epoch, [numbers[i] for i in row]) for row in pack_evenly([self.lengths[number] for number in numbers], self.capacity)]
 
-
+# %% ../nbs/00a2_batches.ipynb #sampler-iterate
 @patch
 def __iter__(self: StepSampler):
     done = self.cursor[1] if self.epoch == self.cursor[0] else 0
@@ -181,7 +182,7 @@ def fetch(
     with own_randomness(self.seed, epoch, number): row = self.data[number]
     return {name: list(row[name])[:self.limit] for name in ("input_ids", "labels")}
 
-
+# %% ../nbs/00a2_batches.ipynb #rows-fetch-all
 @patch
 def __getitems__(self: StepRows, rows: list[tuple[int, list[int]]]) -> list[list[dict]]:
     places = [(epoch, number) for epoch, numbers in rows for number in numbers]
@@ -199,7 +200,7 @@ def makes_rows(
     with own_randomness(0, 0, 0): row = data[0]
     return isinstance(row, dict) and {"input_ids", "labels"} <= set(row)
 
-
+# %% ../nbs/00a2_batches.ipynb #freeze-rows
 def freeze_rows(
     data: object,  # a live dataset of encoded rows
     seed: int,  # of the plan
@@ -219,7 +220,7 @@ def _joined(samples: list[dict]) -> dict:
     labels = [[*sample["labels"]] if k == 0 else [-100, *sample["labels"][1:]] for k, sample in enumerate(samples)]
     return dict(input_ids=[token for sample in samples for token in sample["input_ids"]], labels=sum(labels, []))
 
-
+# %% ../nbs/00a2_batches.ipynb #positions
 def _positions(samples: list[dict], width: int) -> list[int]:
     "Where each token stands in its sample; what is behind the last is padding."
     lengths = [len(sample["input_ids"]) for sample in samples]
@@ -238,3 +239,93 @@ def collate_rows(
     batch = collate([_joined(row) for row in rows], pad_token_id)
     width = batch["input_ids"].shape[1]
     return batch | ({"position_ids": torch.tensor([_positions(row, width) for row in rows])} if max(map(len, rows)) > 1 else {})
+
+# %% ../nbs/00a2_batches.ipynb #subset-rows
+_log = logging.getLogger("ftkit")
+
+# %% ../nbs/00a2_batches.ipynb #subset-drawn
+def _drawn(count: int, seed: int) -> list[int]:
+    "All row numbers in an order that the seed gives."
+    return torch.randperm(count, generator=torch.Generator().manual_seed(seed)).tolist()
+
+# %% ../nbs/00a2_batches.ipynb #subset-within
+def _within(lengths: list[int], rows: list[int], tokens: int) -> list[int]:
+    "As many of the rows, in their order, as the budget allows."
+    total = 0
+    for count, row in enumerate(rows):
+        if (total := total + lengths[row]) > tokens: return rows[:count]
+    return rows
+
+# %% ../nbs/00a2_batches.ipynb #check-subset
+def _check_subset(data, asked: dict) -> tuple[str, int]:
+    "The one way that is asked for, and its number."
+    given = {name: value for name, value in asked.items() if value is not None}
+    if len(given) != 1: raise FtkitError(f"subset takes one of first, random and tokens, got {', '.join(given) or 'none'}")
+    (name, value), = given.items()
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1 or name != "tokens" and value > len(data): raise FtkitError(f"{name}={value!r}: it must be a whole number from 1" + ("" if name == "tokens" else f" to the {len(data)} rows that there are"))
+    if name == "tokens" and "length" not in (getattr(data, "column_names", None) or ()): raise FtkitError("tokens= counts the tokens of encoded rows: give it what encode_data gives")
+    return name, value
+
+# %% ../nbs/00a2_batches.ipynb #subset
+def subset(
+    data: object,  # a `datasets.Dataset`, or a list of records
+    first: int | None = None,  # so many rows from the beginning
+    random: int | None = None,  # so many rows, drawn
+    tokens: int | None = None,  # drawn rows of at most so many tokens together; needs encoded rows
+    seed: int = 42,  # of the draw
+) -> object:  # of the same kind, its rows in their order
+    "A part of the data, chosen in one of three ways; raises `FtkitError` where it would be empty, or larger than the data."
+    name, value = _check_subset(data, dict(first=first, random=random, tokens=tokens))
+    rows = list(range(value)) if name == "first" else _drawn(len(data), seed)[:value] if name == "random" else _within(data["length"], _drawn(len(data), seed), value)
+    if not rows: raise FtkitError(f"tokens={tokens} is less than the first row drawn has: give more")
+    return data.select(sorted(rows)) if hasattr(data, "select") else [data[row] for row in sorted(rows)]
+
+# %% ../nbs/00a2_batches.ipynb #shares
+def _counts(weights: list[float], rows: int) -> list[int]:
+    "Rows of each set, `rows` together: the largest remainders are rounded up."
+    exact = [weight * rows / sum(weights) for weight in weights]
+    up = sorted(range(len(exact)), key=lambda k: int(exact[k]) - exact[k])[:rows - sum(map(int, exact))]
+    return [int(share) + (k in up) for k, share in enumerate(exact)]
+
+# %% ../nbs/00a2_batches.ipynb #passes
+def _passes(size: int, count: int, seed: int) -> list[int]:
+    "Row numbers of a set, `count` of them: whole passes, and a draw for the rest."
+    return [*range(size)] * (count // size) + sorted(_drawn(size, seed)[:count % size])
+
+# %% ../nbs/00a2_batches.ipynb #mix-told
+def _told(name: str, data, rows: list[int], total: int, all_tokens: int) -> str:
+    "What a mixture has of one set."
+    lengths, used = data["length"] if "length" in data.column_names else None, len(set(rows))
+    tokens = f" and {sum(lengths[row] for row in rows) / all_tokens:.0%} of the tokens" if lengths is not None else ""
+    more = f", {len(rows) / len(data):.2f} times over" if len(rows) > len(data) else f", {len(data) - used:,} of its {len(data):,} left out" if used < len(data) else ""
+    return f"{name}: {len(rows):,} rows, {len(rows) / total:.0%} of the rows{tokens}{more}"
+
+# %% ../nbs/00a2_batches.ipynb #check-sets
+def _check_sets(sets: dict, rows: int | None):
+    if not isinstance(sets, dict) or not sets: raise FtkitError("mix takes a dict of names, each with a data set and its weight: {'task': (task, 2), 'chat': (chat, 1)}")
+    for name, (data, weight) in sets.items():
+        if not hasattr(data, "select") or not len(data): raise FtkitError(f"set {name!r} is no datasets.Dataset with rows in it: encode it first, with encode_data")
+        if isinstance(weight, bool) or not isinstance(weight, (int, float)) or not 0 < weight < float("inf"): raise FtkitError(f"set {name!r} has the weight {weight!r}: it must be a number above 0")
+    columns = {name: sorted(data.column_names) for name, (data, _) in sets.items()}
+    other = [name for name in columns if columns[name] != columns[next(iter(columns))]]
+    if other: raise FtkitError(f"set {other[0]!r} has other columns than {next(iter(columns))!r}: {', '.join(columns[other[0]])}")
+    if rows is not None and (isinstance(rows, bool) or not isinstance(rows, int) or rows < 1): raise FtkitError(f"rows={rows!r}: it must be a whole number of at least 1")
+
+# %% ../nbs/00a2_batches.ipynb #mix
+def mix(
+    sets: dict[str, tuple],  # name of each set: the set, a `datasets.Dataset`, and its weight
+    seed: int = 42,  # of the draws
+    rows: int | None = None,  # of the mixture; None: as many as the sets have together
+) -> object:  # datasets.Dataset
+    "One data set of several, by weight; logs what of each is in it."
+    from datasets import concatenate_datasets
+    _check_sets(sets, rows)
+    counts = _counts([weight for _, weight in sets.values()], rows or sum(len(data) for data, _ in sets.values()))
+    chosen = {name: _passes(len(data), count, seed) for (name, (data, _)), count in zip(sets.items(), counts)}
+    parts = {name: sets[name][0].select(numbers) for name, numbers in chosen.items() if numbers}
+    tokens = sum(sum(part["length"]) for part in parts.values() if "length" in part.column_names)
+    told = [_told(name, sets[name][0], numbers, sum(counts), max(tokens, 1)) for name, numbers in chosen.items()]
+    mixture = concatenate_datasets(list(parts.values()))
+    mixture.info.description = f"a mixture (seed {seed}) of " + "; ".join(told)
+    _log.warning(mixture.info.description)
+    return mixture

@@ -1005,7 +1005,9 @@ def _data_facts(data) -> dict | None:
     if data is None: return None
     rows = (labels for part in data.select_columns(["labels"]).with_format("numpy").iter(1024) for labels in part["labels"])
     trained = sum(int((labels[1:] != -100).sum()) for labels in rows)
-    return dict(rows=len(data), tokens=int(sum(data["length"])), trained_tokens=trained, sha256=fingerprint(data))
+    made_of = data.info.description or ""
+    mixed = dict(made_of=made_of) if made_of.startswith("a mixture (seed ") else {}  # by ftkit.batches.mix
+    return dict(rows=len(data), tokens=int(sum(data["length"])), trained_tokens=trained, sha256=fingerprint(data), **mixed)
 
 # %% ../nbs/00c_train.ipynb #yaml
 def _yaml(config: dict) -> str:
@@ -1951,15 +1953,12 @@ def open(
     if tokenizer is None: tokenizer = _read_tokenizer(folder)
     model = _model_of(folder, config, checkpoint, model, options)
     run = cls.__new__(cls)
-    run.source = _source_again(folder, config, data)
-    data, held_out, prompts = _read_data(folder, config)
+    run.source, (data, held_out, prompts) = _source_again(folder, config, data), _read_data(folder, config)
     run._take_in(model, tokenizer, data, held_out, prompts, config["allow"], config["compile"], callbacks, quiet, {**config["options"], **options})
     run._keep_attention(config)
     run._attach(folder)
     run._check_model()
-    with run._model_lock:
-        load_weights(model, checkpoint)
-        run._hold_model()
+    with run._model_lock: load_weights(model, checkpoint), run._hold_model()
     run.step, run.origin = _step_of(checkpoint), config.get("parent", {}).get("step", 0)
     run._note_changes(config, options)
     return run
