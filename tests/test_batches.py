@@ -1,15 +1,21 @@
 """Which rows are in which step: the same after a resume, a split, with loading processes, and for data that draws."""
 import contextlib
+import os
 import random
+import subprocess
+import sys
 
 import numpy as np
 import pytest
 import torch
 from stopping import At, stop
+from transformers import AutoModelForCausalLM, BloomConfig, MistralConfig
 
 import ftkit.batches as batches
 import ftkit.train as training
+from ftkit.batches import mix, subset
 from ftkit.data import FtkitError, encode_data
+from ftkit.loss import LossPlan, loss_sum
 from ftkit.models import tiny_model
 from ftkit.train import Run, weights_hash
 
@@ -127,3 +133,91 @@ def test_without_own_numbers_or_cursor_the_same_resume_goes_wrong(tmp_path, draw
     resumed, seen = stopped_and_opened(tmp_path, 2)
     wrong = [step for step in range(3, 9) if seen.get(step) != rows[step]]
     assert len(wrong) >= 5 and weights_hash(resumed.model) != weights_hash(straight.model)
+
+
+# ---- packing
+
+def mistral():
+    "Attention within a window of six tokens: shorter than the samples."
+    config = MistralConfig(vocab_size=259, hidden_size=48, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, sliding_window=6, initializer_range=0.1)
+    torch.manual_seed(0)
+    return AutoModelForCausalLM.from_config(config).float().eval()
+
+
+@pytest.mark.parametrize("model, attention", [(lambda: tiny_model("llama")[0], "sdpa"), (mistral, "sdpa"), (mistral, "eager"), (lambda: tiny_model("gemma")[0], "eager")], ids=["llama", "mistral", "mistral-eager", "gemma"])
+def test_each_packed_sample_has_its_own_loss_and_gradient(model, attention):
+    model = model()
+    model.set_attn_implementation(attention)
+    samples = [dict(row, labels=row["input_ids"]) for row in encode_data(RECORDS[:6], tiny_model("llama")[1])]
+    weights = list(model.parameters())
+    for flat in (False, True):
+        rows = [[samples[k] for k in row] for row in batches.pack_rows([s["length"] for s in samples], 250)]
+        assert 1 < len(rows) < 6
+        packed = batches.collate_rows(rows, 0, flat)
+        assert packed["position_ids"].shape == packed["input_ids"].shape
+        order, starts = [s for row in rows for s in row], (packed["position_ids"] == 0) & (packed["attention_mask"] == 1)
+        segments = starts.flatten().cumsum(0).view(starts.shape) * packed["attention_mask"]
+        for number, sample in enumerate(order, 1):
+            alone = batches.collate_rows([sample], 0)
+            mine = dict(packed, labels=packed["labels"].masked_fill(segments != number, -100))
+            for plan in (LossPlan(), LossPlan(True, True)):
+                wanted, got = loss_sum(model, alone, plan), loss_sum(model, mine, plan)
+                assert torch.allclose(got, wanted, rtol=1e-5)
+                for one, other in zip(torch.autograd.grad(got, weights), torch.autograd.grad(wanted, weights)):
+                    assert torch.allclose(one, other, rtol=1e-4, atol=1e-5 * other.abs().max().clamp(min=1))
+        with_leak = {k: v for k, v in packed.items() if k != "position_ids"}
+        assert not torch.allclose(loss_sum(model, with_leak, LossPlan()), loss_sum(model, packed, LossPlan()), rtol=1e-3)
+
+
+def test_packing_is_refused_where_samples_would_not_be_kept_apart(tmp_path):
+    model = AutoModelForCausalLM.from_config(BloomConfig(vocab_size=300, hidden_size=32, n_layer=2, n_head=4)).float()
+    tokenizer = tiny_model("llama")[1]
+    with pytest.raises(FtkitError, match="packing=True: bloom models .* do not keep the samples of a row apart"):
+        Run(model, tokenizer, RECORDS, root=tmp_path, packing=True, **OPTIONS)
+    for more, why in ((dict(neftune_noise_alpha=5), "NEFTune"), (dict(packing="yes"), "it is true, false or 'auto'")):
+        with pytest.raises(FtkitError, match=why):
+            new_run(tmp_path, **{"packing": True, **more})
+    assert not list(tmp_path.iterdir())
+    run = Run(model, tokenizer, RECORDS, root=tmp_path, packing="auto", **{**OPTIONS, "quiet": False})
+    assert run.options["packing"] is False
+
+
+@pytest.mark.parametrize("slower", [None, 1])
+def test_auto_takes_what_was_faster(tmp_path, monkeypatch, slower):
+    seconds = lambda self, sampler, step: 2.0 if (sampler.capacity is None) == (slower is None) else 1.0
+    monkeypatch.setattr(Run, "_seconds_of", seconds)
+    said = []
+    monkeypatch.setattr(Run, "say", lambda self, text: said.append(text))
+    state = torch.get_rng_state()
+    run = new_run(tmp_path, packing="auto")
+    assert run.options["packing"] is (slower is None) and torch.equal(torch.get_rng_state(), state)
+    assert f"packing {'on' if slower is None else 'off'}: a step takes" in said[-1]
+
+
+def test_auto_measures_and_leaves_no_trace(tmp_path):
+    run = new_run(tmp_path, packing="auto")
+    assert run.options["packing"] in (True, False) and all(p.grad is None for p in run.model.parameters())
+
+
+# ---- mixed, packed, killed
+
+def mixed(root, **more):
+    model, tokenizer = dropping()
+    sets = {"words": (encode_data(RECORDS[:9], tokenizer), 2), "more": (encode_data(RECORDS[9:], tokenizer), 1)}
+    options = dict(packing=True, gradient_accumulation_steps=2, per_device_train_batch_size=2, max_length=256, save_steps=2)
+    return Run(model, tokenizer, subset(mix(sets, rows=17, seed=4), random=15, seed=4), root=root, **{**OPTIONS, **options, **more})
+
+
+def test_killed_in_the_middle_of_a_mixed_and_packed_run(tmp_path):
+    straight, rows, _ = watched(mixed(tmp_path))
+    config = training._read_config(straight.folder)
+    assert config["data"]["made_of"].startswith("a mixture (seed 4) of words: 11 rows") and config["rows_per_step"] == 4
+    code = f"import os, test_batches as t; t.watched(t.mixed({str(tmp_path / 'killed')!r}, callbacks=(t.At(5, lambda control: os.kill(os.getpid(), 9)),)))"
+    done = subprocess.run([sys.executable, "-c", code], env={**os.environ, "PYTHONPATH": os.pathsep.join([os.path.dirname(__file__), *sys.path])}, capture_output=True)
+    assert done.returncode == -9, done.stderr
+    folder = tmp_path / "killed" / "words"
+    resumed, after, _ = watched(Run.open(folder, *dropping(1), quiet=True))
+    assert [e["step"] for e in resumed.history if e["what"] == "resume"] == [4] and set(after) == {5, 6, 7, 8}
+    assert after == {step: rows[step] for step in after} and losses(resumed) == losses(straight)
+    assert weights_hash(resumed.model) == weights_hash(straight.model)
+    assert [e["position"] for e in resumed.history if e["what"] == "step"][-1] == [2, 0]
