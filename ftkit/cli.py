@@ -26,6 +26,7 @@ import click
 from . import __version__
 from .control import ACTIONS, confirmation, read_journal, send
 from .data import FtkitError, load_records, printable, train_test_split
+from .untrusted import redacted
 
 # %% ../nbs/91_cli.ipynb #exit-codes
 DONE, FAILED, WRONG, STOPPED, REFUSED, UNHEARD, INTERRUPTED = 0, 1, 2, 3, 4, 5, 130
@@ -55,7 +56,7 @@ def explain(
     error: BaseException,  # what ended a command
 ) -> tuple[int, str]:  # exit code (see `EXIT_CODES`) and one line
     "The exit code and the one line for an error."
-    if isinstance(error, FtkitError): return WRONG, _in_options(printable(error))
+    if isinstance(error, FtkitError): return WRONG, _in_options(redacted(printable(error)))
     if isinstance(error, click.ClickException): return error.exit_code, _usage(error)
     if isinstance(error, (click.Abort, KeyboardInterrupt)): return INTERRUPTED, "interrupted"
     if isinstance(error, OSError) and error.strerror:
@@ -63,7 +64,7 @@ def explain(
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
         return FAILED, "out of memory: try a smaller --batch-size or --max-length, or --set gradient_checkpointing=true"
     first = (str(error).strip() or "no message").splitlines()[0]
-    return FAILED, printable(f"unexpected {type(error).__name__}: {first[:300]} (FTKIT_DEBUG=1 shows where)")
+    return FAILED, redacted(printable(f"unexpected {type(error).__name__}: {first[:300]} (FTKIT_DEBUG=1 shows where)"))
 
 
 def _usage(error: click.ClickException) -> str:
@@ -81,7 +82,7 @@ class _Cli(click.Group):
         try: code = run()
         except click.exceptions.NoArgsIsHelpError as error: code = error.show() or WRONG
         except (Exception, KeyboardInterrupt) as error:
-            if os.environ.get("FTKIT_DEBUG", "0") not in ("", "0"): traceback.print_exc()
+            if os.environ.get("FTKIT_DEBUG", "0") not in ("", "0"): sys.stderr.write(redacted(traceback.format_exc()))
             code, line = explain(error)
             click.echo(f"ftkit: {line}", err=True)
         sys.exit(code or DONE)

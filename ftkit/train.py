@@ -42,16 +42,17 @@ from transformers import TrainerCallback
 from transformers.trainer_callback import ExportableState, PrinterCallback
 from trl import SFTConfig, SFTTrainer
 
-from .batches import ORDERS, StepRows, StepSampler, collate_rows, freeze_rows, makes_rows, plan_steps
 from .checkpoint import checkpoints, load_optimizer, load_rng, newest_checkpoint, paged_again, remove_folder, rng_state, save_optimizer, save_rng, set_rng_state, sweep_temporary, verify_folder, write_folder
 from .control import Control, Journal, RemoteControl, confirmation, read_journal, send, utc_now
 from .core import cache_dir, pick_device, pick_dtype, require, write_atomic
 from .data import FtkitError, collate, encode_data, encode_prompt, fingerprint, load_records, printable
 from .lens import lens
 from .loss import LossPlan, compile_layers, loss_plan, loss_sum, packing_problem, trained_tokens, uncompile_layers
-from .models import _base, _is_rewritten, base_fingerprint, base_name, generate, load_model, quantization
+from .models import _base, _check_weights, _is_rewritten, base_fingerprint, base_name, generate, load_model, quantization, read_tokenizer
 from .preflight import FINDINGS, preflight
 from .report import write_model_card
+from .untrusted import check_links, code_in, redacted
+from .batches import ORDERS, StepRows, StepSampler, collate_rows, freeze_rows, makes_rows, plan_steps
 
 # %% ../nbs/00c_train.ipynb #held-out-loss
 @torch.no_grad()
@@ -189,6 +190,7 @@ def _check_values(options: dict):
     "Raise for the first option that is a number or a switch, and whose value is neither."
     for name, value in options.items():
         if name in ("hub_token", "push_to_hub_token") and value is not None: raise FtkitError(f"{name} would stand in config.yaml and in the model card: log in with `hf auth login` instead")
+        if repr(redacted(value)) != repr(value): raise FtkitError(f"{name} holds what is or looks like a token or a key, and would stand in config.yaml: give it in the environment, where its package looks for it")
         kinds = set(typing.get_args(SFTConfig.__dataclass_fields__[name].type)) or {SFTConfig.__dataclass_fields__[name].type}
         if value is None and type(None) in kinds: continue
         kinds -= {type(None)}
@@ -545,6 +547,7 @@ def load_weights(
 ) -> None:
     "Put saved weights in, in the dtype in which the model has them."
     from safetensors.torch import load_file
+    _check_weights(Path(folder))
     saved = {name: weight for path in [*Path(folder).glob("adapter_model*.safetensors"), *Path(folder).glob("model*.safetensors")] for name, weight in load_file(path).items()}
     if hasattr(model, "peft_config"):
         import peft  # not model.load_adapter: it would cast the adapter to float32
@@ -969,7 +972,7 @@ def _make_folder(root: str | Path, name: str) -> Path:
         for number in range(1, 100_000):
             folder = root / (name if number == 1 else f"{name}-{number}")
             with contextlib.suppress(FileExistsError):
-                folder.mkdir()
+                folder.mkdir(mode=0o700)  # rows, prompts and answers are nobody else's
                 return folder
     except OSError as error:
         raise FtkitError(f"cannot write the run's folder {root / name}: {error.strerror}; choose another root") from error
@@ -1011,7 +1014,7 @@ def _data_facts(data) -> dict | None:
 
 # %% ../nbs/00c_train.ipynb #yaml
 def _yaml(config: dict) -> str:
-    try: return yaml.safe_dump(config, sort_keys=False, allow_unicode=True)
+    try: return yaml.safe_dump(redacted(config), sort_keys=False, allow_unicode=True)
     except yaml.YAMLError as error: raise FtkitError(f"an option is no plain value and cannot be written to config.yaml: {' '.join(str(error).split())}") from error
 
 # %% ../nbs/00c_train.ipynb #adapter-facts
@@ -1799,7 +1802,8 @@ def wait(
     return self
 
 # %% ../nbs/00c_train.ipynb #detach
-_DETACHED = "import json, sys; from ftkit.train import Run; Run.open(sys.argv[1], quiet=True, **json.loads(sys.argv[2])).start(paused=sys.argv[3] == 'True').wait()"
+_HOOK = "sys.excepthook = lambda *error: sys.stderr.write(redacted(''.join(traceback.format_exception(*error))))"
+_DETACHED = f"import json, sys, traceback; from ftkit.untrusted import redacted; {_HOOK}; from ftkit.train import Run; Run.open(sys.argv[1], quiet=True, **json.loads(sys.argv[2])).start(paused=sys.argv[3] == 'True').wait()"
 
 
 def _is_named(name: str, model=None) -> bool:
@@ -2009,6 +2013,7 @@ def _config_problem(config) -> str | None:
 def _read_config(folder: Path) -> dict:
     path = Path(folder) / "config.yaml"
     if not path.exists(): raise FtkitError(f"{folder} is not the folder of a run: it has no config.yaml")
+    check_links(folder)
     try: config = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error: raise FtkitError(f"{path} cannot be read: {printable(error)[:200]}") from error
     if (problem := _config_problem(config)): raise FtkitError(f"{path} is damaged: {problem}")
@@ -2031,6 +2036,7 @@ def _check_quantized_alike(folder: Path, config: dict, model):
 def _with_adapter(model, checkpoint: Path):
     if not (checkpoint / "adapter_config.json").exists() or hasattr(model, "peft_config"): return model
     import peft
+    if (found := code_in(checkpoint)): raise FtkitError(f"{checkpoint}: this adapter names code ({found[0]}), and is not loaded")
     config = peft.PeftConfig.from_pretrained(checkpoint)
     config.inference_mode = False
     name = config.base_model_name_or_path
@@ -2082,7 +2088,8 @@ def _source_again(folder: Path, config: dict, data):
 def _read_tokenizer(folder: Path):
     place = folder / "tokenizer"
     if not place.is_dir(): raise FtkitError(f"{place} is missing: give the tokenizer, or copy it there from the run's adapter/ or model/")
-    try: return transformers.AutoTokenizer.from_pretrained(place, local_files_only=True)
+    try: return read_tokenizer(place)
+    except FtkitError: raise
     except Exception as error: raise FtkitError(f"{place} holds no tokenizer that loads: {printable(error)[:200]}") from error
 
 # %% ../nbs/00c_train.ipynb #training-facts
