@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['OTHER_WAYS', 'CHECKPOINT_BUDGET', 'RING_COUNT', 'RING_BYTES', 'RING_SHARE', 'SNAPSHOT_COUNT', 'SNAPSHOT_BUDGET',
-           'TIMES', 'PACKAGES', 'held_out_loss', 'activation_bytes', 'default_options', 'named_weights', 'Trainer',
-           'save_weights', 'load_weights', 'Run', 'weights_hash']
+           'TIMES', 'PACKAGES', 'CHANGES', 'length_grouped_order', 'held_out_loss', 'activation_bytes',
+           'default_options', 'named_weights', 'Trainer', 'save_weights', 'load_weights', 'Run', 'weights_hash']
 
 # %% ../nbs/00c_train.ipynb #exported-imports
 import atexit
@@ -32,6 +32,7 @@ from collections import deque
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from uuid import uuid4
 
 # %% ../nbs/00c_train.ipynb #exported-imports-more
 import torch
@@ -42,17 +43,46 @@ from transformers import TrainerCallback
 from transformers.trainer_callback import ExportableState, PrinterCallback
 from trl import SFTConfig, SFTTrainer
 
-from .checkpoint import checkpoints, load_optimizer, load_rng, newest_checkpoint, paged_again, remove_folder, rng_state, save_optimizer, save_rng, set_rng_state, sweep_temporary, verify_folder, write_folder
+from .checkpoint import checkpoints, load_optimizer, load_rng, newest_checkpoint, paged_again, remove_folder, rng_state, save_optimizer, save_rng, set_aside, set_rng_state, sweep_temporary, verify_folder, write_folder
 from .control import Control, Journal, RemoteControl, confirmation, read_journal, send, utc_now
 from .core import cache_dir, pick_device, pick_dtype, require, write_atomic
 from .data import FtkitError, collate, encode_data, encode_prompt, fingerprint, load_records, printable
 from .lens import lens
-from .loss import LossPlan, compile_layers, loss_plan, loss_sum, packing_problem, trained_tokens, uncompile_layers
-from .models import _base, _check_weights, _is_rewritten, base_fingerprint, base_name, generate, load_model, quantization, read_tokenizer
+from .loss import LossPlan, compile_layers, loss_plan, loss_sum, trained_tokens, uncompile_layers
+from .models import _base, _is_rewritten, base_fingerprint, base_name, generate, load_model, quantization
 from .preflight import FINDINGS, preflight
 from .report import write_model_card
-from .untrusted import check_links, code_in, redacted
-from .batches import ORDERS, StepRows, StepSampler, collate_rows, freeze_rows, makes_rows, plan_steps
+
+# %% ../nbs/00c_train.ipynb #length-grouped-order
+def length_grouped_order(
+    lengths: list[int],  # tokens of each row
+    batch_size: int,  # rows of one optimizer step
+    seed: int,  # the same seed and epoch give the same order, on every machine
+    epoch: int = 0,  # each pass over the data has an order of its own
+) -> list[int]:  # every row's index once
+    "Shuffled, but rows of like length side by side; the batch with the longest row first."
+    generator = torch.Generator().manual_seed(seed * 100_003 + epoch)
+    shuffled, longest = torch.randperm(len(lengths), generator=generator).tolist(), max(lengths, default=0)
+    stretch = min(50, max(1, len(lengths) // (2 * batch_size))) * batch_size
+    parts = [sorted(shuffled[i:i + stretch], key=lambda row: -lengths[row]) for i in range(0, len(shuffled), stretch)]
+    rows = [row for part in parts for row in part]
+    batches = [rows[i:i + batch_size] for i in range(0, len(rows), batch_size)]
+    last = batches.pop() if batches and len(batches[-1]) < batch_size else []
+    batches = [batches[i] for i in torch.randperm(len(batches), generator=generator).tolist()]
+    first = next((i for i, batch in enumerate(batches) if max(lengths[row] for row in batch) == longest), 0)
+    batches = batches[first:first + 1] + batches[:first] + batches[first + 1:]
+    return [row for batch in batches for row in batch] + last
+
+# %% ../nbs/00c_train.ipynb #sampler
+class _LengthGrouped(torch.utils.data.Sampler):
+    "The order above as a sampler; the trainer calls `set_epoch`."
+
+    def __init__(self, lengths, batch_size, seed):
+        self.lengths, self.batch_size, self.seed, self.epoch = list(lengths), batch_size, seed, 0
+
+    def set_epoch(self, epoch): self.epoch = epoch
+    def __len__(self): return len(self.lengths)
+    def __iter__(self): return iter(length_grouped_order(self.lengths, self.batch_size, self.seed, self.epoch))
 
 # %% ../nbs/00c_train.ipynb #held-out-loss
 @torch.no_grad()
@@ -163,7 +193,7 @@ def _settle_conflicts(options: dict, given: dict) -> dict:
 
 _ENCODED = "the rows are encoded by ftkit.data.encode_data, not by TRL"
 OTHER_WAYS = dict(
-    padding_free=(False, _ENCODED), eval_packing=(None, _ENCODED), assistant_only_loss=(False, _ENCODED),
+    packing=(False, _ENCODED), padding_free=(False, _ENCODED), eval_packing=(None, _ENCODED), assistant_only_loss=(False, _ENCODED),
     completion_only_loss=(None, _ENCODED), truncation_mode=("keep_start", _ENCODED), chat_template_path=(None, "set tokenizer.chat_template before the rows are encoded"),
     pad_to_multiple_of=(None, "rows are padded to the longest of their batch"), torch_compile=(False, "give compile=True"),
     save_only_model=(False, "a checkpoint always holds what a resume needs"), resume_from_checkpoint=(None, "use Run.open(folder)"),
@@ -190,7 +220,6 @@ def _check_values(options: dict):
     "Raise for the first option that is a number or a switch, and whose value is neither."
     for name, value in options.items():
         if name in ("hub_token", "push_to_hub_token") and value is not None: raise FtkitError(f"{name} would stand in config.yaml and in the model card: log in with `hf auth login` instead")
-        if repr(redacted(value)) != repr(value): raise FtkitError(f"{name} holds what is or looks like a token or a key, and would stand in config.yaml: give it in the environment, where its package looks for it")
         kinds = set(typing.get_args(SFTConfig.__dataclass_fields__[name].type)) or {SFTConfig.__dataclass_fields__[name].type}
         if value is None and type(None) in kinds: continue
         kinds -= {type(None)}
@@ -225,7 +254,7 @@ def _beside_training(own):
 # %% ../nbs/00c_train.ipynb #sft-config
 def _sft_config(model, folder, has_held_out: bool, options: dict, own=None) -> SFTConfig:
     "The options as TRL takes them; `model` is None where it is not loaded yet."
-    given = {name: value for name, value in options.items() if name not in ("rate_factors", "packing")}
+    given = {name: value for name, value in options.items() if name != "rate_factors"}
     unknown = sorted(set(given) - set(SFTConfig.__dataclass_fields__))
     if unknown: raise FtkitError(f"unknown option {unknown[0]!r}: Run takes the options of trl.SFTConfig, for example learning_rate, max_steps, save_steps")
     _check_values(given)
@@ -235,7 +264,6 @@ def _sft_config(model, folder, has_held_out: bool, options: dict, own=None) -> S
     if options.setdefault("eval_strategy", "steps") == "no": options["eval_on_start"] = False
     for name, (neutral, why) in OTHER_WAYS.items():
         if options.get(name, neutral) != neutral: raise FtkitError(f"{name}={options[name]!r} has no effect on Run: {why}")
-    if options["train_sampling_strategy"] not in ORDERS: raise FtkitError(f"train_sampling_strategy={options['train_sampling_strategy']!r} has no effect on Run: there are {', '.join(ORDERS)}")
     if options.get("logging_strategy") == "no": raise FtkitError("logging_strategy='no' would leave the journal without steps: logging_steps says how often one is written")
     with _without_bars(), _beside_training(own):
         try: return SFTConfig(output_dir=str(folder), dataset_kwargs={"skip_prepare_dataset": True}, remove_unused_columns=False, **options)
@@ -328,10 +356,8 @@ class Trainer(SFTTrainer):
         self.run, self.plan = run, plan
         with _tensors_kept(kwargs["model"]): super().__init__(**kwargs)
         self.model_accepts_loss_kwargs = self._loss_shifts_labels = True  # count the trained tokens of the whole step
-        self._sampler = self._make_sampler()
         self.remove_callback(PrinterCallback)
         self.trl_loss = self.args.loss_type != "nll" or self.args.label_smoothing_factor > 0 or self.aux_loss_enabled
-        if self.trl_loss and run._capacity(): raise FtkitError("packing keeps samples apart in ftkit's own loss only, and these options (loss_type, label_smoothing_factor, an auxiliary loss) need TRL's: leave packing out")
         if self.trl_loss: run.say("TRL's own loss is used: loss_type, label_smoothing_factor and auxiliary losses are its")
 
 # %% ../nbs/00c_train.ipynb #forwards-restored
@@ -351,12 +377,12 @@ def _forwards_restored(model):
 def compute_loss(
     self: Trainer,
     model: torch.nn.Module,  # as the trainer wraps it
-    inputs: dict,  # input_ids, attention_mask, labels, and position_ids where it is packed; each (rows, length)
+    inputs: dict,  # input_ids, attention_mask, labels; each (rows, length)
     return_outputs: bool = False,  # asked for by Hugging Face's evaluation only
     num_items_in_batch=None,  # trained tokens of the whole optimizer step
 ):
     "Sum over the micro-batch's trained tokens, divided by the trained tokens of the whole step: any split gives the same gradient."
-    batch = {k: inputs[k] for k in ("input_ids", "attention_mask", "labels", "position_ids") if k in inputs}
+    batch = {k: inputs[k] for k in ("input_ids", "attention_mask", "labels")}
     if self.model.training: self.run._count(batch)
     if return_outputs or self.trl_loss: return super(Trainer, self).compute_loss(model, inputs, return_outputs, num_items_in_batch)
     count = trained_tokens(batch["labels"]) if num_items_in_batch is None else num_items_in_batch
@@ -379,8 +405,7 @@ def training_step(
     *args,  # as in Hugging Face's trainer
     **kwargs,  # likewise
 ):
-    "Hugging Face's own, timed: what is not forward is backward. A micro-batch without rows is passed over."
-    if not args[1]["labels"].numel(): return torch.zeros((), device=self.args.device)
+    "Hugging Face's own, timed: what is not forward is backward."
     forward, entered = self.run._spent["forward"], time.perf_counter()
     loss = super(Trainer, self).training_step(*args, **kwargs)
     self.run._spent["backward"] += time.perf_counter() - entered - (self.run._spent["forward"] - forward)
@@ -395,43 +420,11 @@ def autocast(self: Trainer):
 
 # %% ../nbs/00c_train.ipynb #trainer-order
 @patch
-def _plan_seed(self: Trainer) -> int: return self.args.seed if self.args.data_seed is None else self.args.data_seed
-
-
-@patch
-def _make_sampler(self: Trainer) -> StepSampler:
-    args = self.args
-    return StepSampler(self.run.lengths(), self.run.batch, args.gradient_accumulation_steps, self._plan_seed(), args.train_sampling_strategy, args.dataloader_drop_last, self.run._capacity())
-
-# %% ../nbs/00c_train.ipynb #trainer-loader
-@patch
-def get_train_dataloader(
-    self: Trainer,
-) -> torch.utils.data.DataLoader:  # of micro-batches, `gradient_accumulation_steps` to each optimizer step
-    "The micro-batches of the plan, from the cursor on once a checkpoint is loaded."
-    args = self.args
-    workers = dict(num_workers=args.dataloader_num_workers, persistent_workers=args.dataloader_persistent_workers, prefetch_factor=args.dataloader_prefetch_factor,
-                   multiprocessing_context=args.dataloader_multiprocessing_context, in_order=args.dataloader_in_order)
-    loader = torch.utils.data.DataLoader(StepRows(self.train_dataset if self.run.source is None else self.run.source, self._sampler.seed, args.max_length), batch_sampler=self._sampler, collate_fn=self.data_collator,
-                                         pin_memory=args.dataloader_pin_memory, generator=torch.Generator(), **workers)
-    return self.accelerator.prepare(loader)
-
-# %% ../nbs/00c_train.ipynb #position
-@patch
-def position(
-    self: Trainer,
-) -> dict:  # epoch, steps done in it, and the plan that these are of: rows to a step, seed, order
-    "Where the run is in its data."
-    sampler = self._sampler
-    epoch, step = divmod(self.state.global_step, max(1, sampler.steps()))
-    return dict(epoch=epoch, step=step, batch=sampler.batch, seed=sampler.seed, order=str(getattr(sampler.order, "value", sampler.order)))
-
-
-@patch
-def _notice_other_plan(self: Trainer, checkpoint):
-    saved, now = json.loads((Path(checkpoint) / "ftkit.json").read_text()).get("position"), self.position()
-    other = [f"{name} {saved[name]} before, {now[name]} now" for name in ("batch", "seed", "order") if saved and saved.get(name) != now[name]]
-    if other: self.run.say(f"the rows of each step are others from here on ({'; '.join(other)}): step {now['step']} of epoch {now['epoch']} of the new plan")
+def _get_train_sampler(self: Trainer, train_dataset=None):
+    if self.args.train_sampling_strategy != "group_by_length": return super(Trainer, self)._get_train_sampler(train_dataset)
+    rows = self.args.train_batch_size * self.args.gradient_accumulation_steps
+    seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
+    return _LengthGrouped((train_dataset or self.train_dataset)["length"], rows, seed)
 
 # %% ../nbs/00c_train.ipynb #create-optimizer
 @patch
@@ -474,10 +467,8 @@ def _run_epoch(self: Trainer, *args, **kwargs):
 
 
 @patch
-def _init_training_state(self: Trainer, max_steps, steps_per_epoch, epochs, checkpoint, trial):
-    epochs_and_steps = super(Trainer, self)._init_training_state(max_steps, steps_per_epoch, epochs, checkpoint, trial)
-    self._sampler.cursor = epochs_and_steps[0], epochs_and_steps[1] // self.args.gradient_accumulation_steps
-    if checkpoint is not None: self._notice_other_plan(checkpoint)
+def _init_training_state(self: Trainer, max_steps, *args):
+    epochs_and_steps = super(Trainer, self)._init_training_state(max_steps, *args)
     self.state.compute_steps(self.args, max_steps)
     for callback in self.callback_handler.callbacks:
         saved = self.state.stateful_callbacks.get(type(callback).__name__)
@@ -488,13 +479,26 @@ def _init_training_state(self: Trainer, max_steps, steps_per_epoch, epochs, chec
 @patch
 def _save_checkpoint(self: Trainer, model, trial=None):
     folder, best = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}", self.state.best_global_step
-    if folder.exists() or not _is_sound(self.model): return
+    if self.run._has_saved(folder) or not _is_sound(self.model): return
     if best is not None: self.state.best_model_checkpoint = str(folder.with_name(f"checkpoint-{best}"))
     write_folder(folder, self._write_state)
-    self.run.journal.write("checkpoint", step=self.state.global_step, tokens=self.run.tokens, folder=folder.name)
-    for old in checkpoints(folder.parent)[:-self._checkpoints_kept(folder)]:
-        if old.name not in (folder.name, f"checkpoint-{self.run.origin}") and str(old) != self.state.best_model_checkpoint: remove_folder(old)
+    self.run._publish(folder)
+    self._rotate(folder)
     if self.args.push_to_hub: self._push_from_checkpoint(str(folder))
+
+# %% ../nbs/00c_train.ipynb #foreign
+def _foreign(checkpoint: Path, ids: set, published: set) -> str | None:
+    "Why a folder is no checkpoint of this run, None if it is, or if nobody can tell."
+    try: owner = json.loads((checkpoint / "ftkit.json").read_text()).get("run")
+    except (OSError, ValueError, AttributeError): owner = None
+    if not ids or owner in ids or owner is None and checkpoint.name in published: return None
+    return "it is not of this run's making"
+
+
+def _ids_of(config: dict) -> set[str]: return {one["id"] for one in (config, config.get("parent") or {}) if isinstance(one.get("id"), str)}
+
+
+def _published_by(folder: Path) -> set[str]: return {e["folder"] for e in read_journal(folder) if e["what"] == "checkpoint" and isinstance(e.get("folder"), str)}
 
 # %% ../nbs/00c_train.ipynb #checkpoints-kept
 CHECKPOINT_BUDGET = 2**30  # bytes
@@ -510,12 +514,32 @@ def _bytes_on_disk(folder: Path) -> int: return max(1, sum(path.stat().st_size f
 
 def _step_of(folder: Path) -> int: return int(folder.name.split("-")[-1])
 
+# %% ../nbs/00c_train.ipynb #rotate
+@patch
+def _rotate(self: Trainer, newest: Path):
+    "Delete the checkpoints of this run's journal that are over the number to keep."
+    own = [path for path in checkpoints(newest.parent) if path.name in self.run._published]
+    spared = {newest.name, f"checkpoint-{self.run.origin}", self._best_checkpoint(), Path(self.state.best_model_checkpoint or "").name}
+    old = [path for path in own[:-self._checkpoints_kept(newest)] if path.name not in spared]
+    try:
+        if old and (problems := verify_folder(newest)): raise FtkitError(f"{newest.name}, just written, is not whole ({problems[0]}): no older checkpoint is deleted")
+        for path in old: remove_folder(path)
+    except FtkitError as error: self.run.say(str(error))
+
+
+@patch
+def _best_checkpoint(self: Trainer) -> str | None:
+    "The checkpoint with the lowest held-out loss, the later one of equals."
+    names = {path.name for path in checkpoints(self.args.output_dir)}
+    scores = [(e["eval_loss"], -e["step"]) for e in self.state.log_history if f"checkpoint-{e.get('step')}" in names and math.isfinite(e.get("eval_loss", math.nan))]
+    return f"checkpoint-{-min(scores)[1]}" if scores else None
+
 # %% ../nbs/00c_train.ipynb #write-state
 @patch
 def _write_state(self: Trainer, folder: Path):
     save_weights(self.model, folder)
     if self.optimizer is not None: save_optimizer(_bare(self.optimizer), self.model, folder)
-    state = dict(scheduler=_plain_state(self.lr_scheduler), rate=self.args.learning_rate, held=self.run.held_learning_rate, tokens=self.run.tokens, trained=self.run.trained, given=self.run._rate_given, position=self.position())
+    state = dict(scheduler=_plain_state(self.lr_scheduler), rate=self.args.learning_rate, held=self.run.held_learning_rate, tokens=self.run.tokens, trained=self.run.trained, given=self.run._rate_given, run=self.run._id, options=self.run.options)
     if self.accelerator.scaler is not None: state["scaler"] = self.accelerator.scaler.state_dict()
     (folder / "ftkit.json").write_text(json.dumps(state, indent=1))
     save_rng(folder)
@@ -547,7 +571,6 @@ def load_weights(
 ) -> None:
     "Put saved weights in, in the dtype in which the model has them."
     from safetensors.torch import load_file
-    _check_weights(Path(folder))
     saved = {name: weight for path in [*Path(folder).glob("adapter_model*.safetensors"), *Path(folder).glob("model*.safetensors")] for name, weight in load_file(path).items()}
     if hasattr(model, "peft_config"):
         import peft  # not model.load_adapter: it would cast the adapter to float32
@@ -768,7 +791,7 @@ class Run:
         self,
         model: torch.nn.Module,  # a transformers model, or a PEFT model around one: what is trainable is trained
         tokenizer,  # its tokenizer
-        data,  # training rows: a file, records, a `datasets.Dataset` encoded by `encode_data`, or a dataset that makes encoded rows when asked
+        data,  # training rows: a file, records, or a `datasets.Dataset` encoded by `encode_data`
         held_out=None,  # rows for the held-out loss, likewise; None for none
         name: str = "run",  # folder under `root`; a number is added if it is taken
         root: str | Path = "runs",  # where run folders are made
@@ -783,8 +806,8 @@ class Run:
     ):
         prompts = _first_records(held_out) if prompts is None else list(prompts)
         options = _repeatable(model, options | ({} if rate_factors is None else {"rate_factors": rate_factors}))
-        limit, self.source = options["max_length"], data if makes_rows(data) else None  # source: what makes the rows, where they are made when fetched
-        data, held_out = _frozen(self.source, options) if self.source is not None else _encoded(data, tokenizer, limit), None if held_out is None else _encoded(held_out, tokenizer, limit)
+        limit = options["max_length"]
+        data, held_out = _encoded(data, tokenizer, limit), None if held_out is None else _encoded(held_out, tokenizer, limit)
         self._take_in(model, tokenizer, data, held_out, prompts, allow, compile, callbacks, quiet, options)
         self._attach(_make_folder(root, name))
         self._write_data()
@@ -794,11 +817,6 @@ class Run:
 def _encoded(data, tokenizer, max_length: int):
     if {"input_ids", "labels", "length", "cut"} <= set(getattr(data, "column_names", None) or ()): return data
     return encode_data(load_records(data), tokenizer, max_length)
-
-
-def _frozen(source, options: dict):
-    seed = options.get("data_seed")
-    return freeze_rows(source, options["seed"] if seed is None else seed, options["max_length"])
 
 
 def _first_records(held_out, count: int = 3) -> list[dict]:
@@ -812,7 +830,6 @@ def _take_in(self: Run, model, tokenizer, data, held_out, prompts, allow, compil
     self.model, self.tokenizer, self.data, self.held_out, self.prompts = model, tokenizer, data, held_out, prompts
     self.allow = (allow,) if isinstance(allow, str) else tuple(allow)
     self.compile, self.callbacks, self.quiet, self.options = compile, list(callbacks), quiet, options
-    self.batch = options["per_device_train_batch_size"] * options.get("gradient_accumulation_steps", 1)
     if model is None or not any(p.requires_grad for p in model.parameters()): raise FtkitError("nothing to train: no weight of this model requires a gradient; call ftkit.lora.add_lora or ftkit.full.train_fully first")
     if int(os.environ.get("WORLD_SIZE", 1)) > 1: raise FtkitError("Run trains in one process on one device; start it without torchrun or accelerate launch")
     _check_trainable(model)
@@ -824,64 +841,7 @@ def _take_in(self: Run, model, tokenizer, data, held_out, prompts, allow, compil
     self._preflight()
     if note: self.say(note)
     with _undisturbed(model): self.plan = loss_plan(model)
-    self._settle_packing()
     if options.get("neftune_noise_alpha"): self.plan = self.plan.without_prefix("NEFTune draws noise for each row")
-
-# %% ../nbs/00c_train.ipynb #lengths
-@patch
-def lengths(
-    self: Run,
-) -> list[int]:  # tokens of each row
-    "How long the training rows are."
-    return list(self.data["length"])
-
-# %% ../nbs/00c_train.ipynb #packing
-@patch
-def _capacity(self: Run) -> int | None:
-    "Tokens of a packed row; None where rows are padded."
-    return (self.options.get("max_length") or max(self.lengths())) if self.options.get("packing") is True else None
-
-
-@patch
-def _is_flat(self: Run) -> bool: return "flash" in str(_base(self.model).config.get_text_config()._attn_implementation)
-
-
-@patch
-def _settle_packing(self: Run):
-    "Refuse packing where it would be wrong; where it is left to ftkit, choose."
-    asked = self.options.get("packing", False)
-    if asked not in (True, False, "auto"): raise FtkitError(f"packing is {asked!r}: it is true, false or 'auto'")
-    if not asked: return
-    noise = "NEFTune's noise is scaled by the length of a row" if self.options.get("neftune_noise_alpha") else None
-    problem = noise or packing_problem(self.model, self.plan, self._is_flat())
-    if problem and asked is True: raise FtkitError(f"packing=True: {problem}; leave packing out")
-    self.options["packing"], why = (False, problem) if problem else (True, "asked for") if asked is True else self._try_packing()
-    self.say(f"packing {'on' if self.options['packing'] else 'off'}: {why}")
-
-# %% ../nbs/00c_train.ipynb #try-packing
-@patch
-def _seconds_of(self: Run, sampler: StepSampler, step: int) -> float:
-    "Forward and backward of one step, without the optimizer."
-    rows, device, spent = StepRows(self.data, sampler.seed), next(self.model.parameters()).device, []
-    parts = [part for part in list(sampler)[step * sampler.parts:(step + 1) * sampler.parts] if part]
-    for _ in range(2):
-        began = time.perf_counter()
-        for part in parts: loss_sum(self.model, {k: v.to(device) for k, v in collate_rows(rows.__getitems__(part), self.tokenizer.pad_token_id, self._is_flat()).items()}, self.plan).backward()
-        if device.type == "cuda": torch.cuda.synchronize(device)
-        spent.append(time.perf_counter() - began)
-    self.model.zero_grad()
-    return min(spent)
-
-
-@patch
-def _try_packing(self: Run) -> tuple[bool, str]:
-    lengths, parts, own = self.lengths(), self.options.get("gradient_accumulation_steps", 1), rng_state()
-    steps = [sum(lengths[row] for row in rows) for rows in plan_steps(lengths, self.batch, 0)]
-    median = sorted(range(len(steps)), key=steps.__getitem__)[len(steps) // 2]
-    limits = (None, self.options.get("max_length") or max(lengths))
-    padded, packed = (self._seconds_of(StepSampler(lengths, self.batch, parts, 0, capacity=limit), median) for limit in limits)
-    set_rng_state(own)
-    return packed < padded, f"a step takes {padded:.3g} s padded and {packed:.3g} s packed here"
 
 # %% ../nbs/00c_train.ipynb #check-trainable
 def _check_trainable(model):
@@ -916,6 +876,8 @@ def _attach(self: Run, folder: Path):
     self.step = self.tokens = self.trained = 0  # tokens: real ones, no padding
     self.held_learning_rate = self.learning_rate = self.scheduled_learning_rate = self._changed = self._new_options = self._old_options = None
     self._rate_given, self._new_rate = None, False  # when a rate was given at a resume; whether it is not yet trained with
+    self._id, self._ids, self._published, self._sound = uuid4().hex, set(), set(), None  # of this run; whose checkpoints are its own; of its journal; the last one known to be whole
+    self._changes = None  # what is not what it was, where the run was opened
     self.seconds, self._began, self._counted, self._bar, self._last = 0.0, 0.0, (0, 0.0), None, {}
     self._ring, self._disk, self._rewind_to, self._script, self._answers, self._trouble = _Ring(), _Pace(), None, {}, {}, None
     self._thread = self._worker = self._error = self._marked = None  # worker: the thread that trains
@@ -972,7 +934,7 @@ def _make_folder(root: str | Path, name: str) -> Path:
         for number in range(1, 100_000):
             folder = root / (name if number == 1 else f"{name}-{number}")
             with contextlib.suppress(FileExistsError):
-                folder.mkdir(mode=0o700)  # rows, prompts and answers are nobody else's
+                folder.mkdir()
                 return folder
     except OSError as error:
         raise FtkitError(f"cannot write the run's folder {root / name}: {error.strerror}; choose another root") from error
@@ -1008,14 +970,32 @@ def _data_facts(data) -> dict | None:
     if data is None: return None
     rows = (labels for part in data.select_columns(["labels"]).with_format("numpy").iter(1024) for labels in part["labels"])
     trained = sum(int((labels[1:] != -100).sum()) for labels in rows)
-    made_of = data.info.description or ""
-    mixed = dict(made_of=made_of) if made_of.startswith("a mixture (seed ") else {}  # by ftkit.batches.mix
-    return dict(rows=len(data), tokens=int(sum(data["length"])), trained_tokens=trained, sha256=fingerprint(data), **mixed)
+    return dict(rows=len(data), tokens=int(sum(data["length"])), trained_tokens=trained, sha256=fingerprint(data))
+
+# %% ../nbs/00c_train.ipynb #tokenizer-facts
+def _tokenizer_facts(tokenizer) -> dict[str, str]:
+    "Fingerprints of the tokenizer (what it turns text into, whatever it was last asked to pad to) and of its chat template."
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    parts = {} if backend is None else {name: part for name, part in json.loads(backend.to_str()).items() if name not in ("truncation", "padding", "version")}
+    parts |= {"vocabulary": sorted(tokenizer.get_vocab().items()), "special": {name: str(token) for name, token in tokenizer.special_tokens_map.items()}}
+    digest = lambda value: hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()
+    return dict(sha256=digest(parts), template_sha256=digest(tokenizer.chat_template))
 
 # %% ../nbs/00c_train.ipynb #yaml
 def _yaml(config: dict) -> str:
-    try: return yaml.safe_dump(redacted(config), sort_keys=False, allow_unicode=True)
+    try: return yaml.safe_dump(config, sort_keys=False, allow_unicode=True)
     except yaml.YAMLError as error: raise FtkitError(f"an option is no plain value and cannot be written to config.yaml: {' '.join(str(error).split())}") from error
+
+# %% ../nbs/00c_train.ipynb #seal
+def _settings_sum(config: dict) -> str:
+    "SHA-256 of what a config says, its own sum left out."
+    said = yaml.safe_load(_yaml({name: value for name, value in config.items() if name != "sha256"}))
+    return hashlib.sha256(json.dumps(said, sort_keys=True, default=str).encode()).hexdigest()
+
+
+def _seal(folder: Path, config: dict):
+    "Write config.yaml with its sum."
+    write_atomic(folder / "config.yaml", _yaml({**config, "sha256": _settings_sum(config)}))
 
 # %% ../nbs/00c_train.ipynb #adapter-facts
 def _adapter_facts(model) -> dict | None:
@@ -1054,13 +1034,14 @@ def _write_config(self: Run, facts: dict):
     sizes = dict(parameters=sum(map(_count_of, weights)), trainable=sum(p.numel() for p in weights if p.requires_grad))
     weight = next(p for p in weights if p.is_floating_point())
     config = facts | dict(
-        name=self.folder.name, created=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        name=self.folder.name, id=self._id, created=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         model=dict(name=base_name(self.model) or type(self.model).__name__, dtype=str(weight.dtype).removeprefix("torch."), device=str(weight.device), quantize=quantization(self.model), base_sha256=_base_fingerprint(self.model), **sizes),
         method=_method(self.model), adapter=_adapter_facts(self.model), frozen=_frozen_parts(self.model), machine=_machine(weight.device),
-        data=_data_facts(self.data) | ({} if self.source is None else dict(live=True)), held_out=_data_facts(self.held_out),
-        options=self.options, compile=self.compile, allow=list(self.allow), rows_per_step=self.batch, loss=self.plan.reason, attention=self.plan.attention, versions=_versions(),
+        tokenizer=_tokenizer_facts(self.tokenizer), data=_data_facts(self.data), held_out=_data_facts(self.held_out),
+        options=self.options, compile=self.compile, allow=list(self.allow), loss=self.plan.reason, attention=self.plan.attention, versions=_versions(),
     )
-    write_atomic(self.folder / "config.yaml", _yaml(config))
+    self._ids = {self._id}
+    _seal(self.folder, config)
 
 # %% ../nbs/00c_train.ipynb #data-write
 @patch
@@ -1097,7 +1078,7 @@ def _make_trainer(self: Run) -> Trainer:
         return Trainer(
             self, self.plan, model=self.model, args=args,
             train_dataset=self.data, eval_dataset=self.held_out, processing_class=self.tokenizer,
-            data_collator=partial(collate_rows, pad_token_id=self.tokenizer.pad_token_id, flat=self._is_flat()), callbacks=[_FirstCheckpoint(self), _Edges(self), *self.callbacks],
+            data_collator=partial(collate, pad_token_id=self.tokenizer.pad_token_id), callbacks=[_FirstCheckpoint(self), _Edges(self), *self.callbacks],
         )
 
 # %% ../nbs/00c_train.ipynb #too-big
@@ -1106,7 +1087,7 @@ def _too_big(self: Run) -> bool:
     "Whether the longest micro-batch needs gradient checkpointing; says so."
     weight = next(p for p in self.model.parameters() if p.is_floating_point())
     rows = self.options["per_device_train_batch_size"]
-    need, free = activation_bytes(self.model.config, rows * (self._capacity() or max(self.lengths())), weight.element_size()), _free_memory(weight.device)
+    need, free = activation_bytes(self.model.config, rows * max(self.data["length"]), weight.element_size()), _free_memory(weight.device)
     free -= 3 * sum(p.nbytes for p in _trained(self.model))  # gradients and Adam's two moments come first
     if need > 0.8 * free: self.say(f"gradient checkpointing on: the longest batch needs about {need / 2**30:.1f} GiB, {max(free, 0) / 2**30:.1f} GiB are free for it")
     return need > 0.8 * free
@@ -1146,8 +1127,6 @@ def _log_step(self: Run, fields: dict):
     self._last.update(fields)
     spent, self._told = {k: round(self._spent[k] - self._told[k], 4) for k in TIMES}, dict(self._spent)
     more = dict(seconds=spent, **self._memory()) | (dict(snapshots=self._snapshots()) if self._steered else {})
-    position = self.trainer.position()
-    more["position"] = [position["epoch"], position["step"]]
     if self.state == "paused": more["paused"] = True  # the rest of a step, for what needs a whole one
     self.journal.write("step", step=self.step, tokens=self.tokens, **fields, **more)
     self._notice_trouble(fields)
@@ -1515,6 +1494,7 @@ def fit(
 @patch
 def _train(self: Run):
     self._check_model()
+    self._check_changes()
     with self._locked(), _forwards_restored(self.model), self._beside_others(), self._model_lock:
         self._fitting, self._worker = True, threading.current_thread()
         self._hold_model()
@@ -1583,10 +1563,37 @@ def _forget_after(self: Run, step: int):
     for later in checkpoints(self.folder / "snapshots"):
         if _step_of(later) > step: remove_folder(later)
 
+# %% ../nbs/00c_train.ipynb #publish
+@patch
+def _publish(self: Run, folder: Path):
+    self._sound = folder.name
+    self.journal.write("checkpoint", step=_step_of(folder), tokens=self.tokens, folder=folder.name)
+    self._published.add(folder.name)
+
+
+@patch
+def _has_saved(self: Run, folder: Path) -> bool:
+    "Whether this step is saved already; moves what is in the way."
+    if not os.path.lexists(folder): return False
+    if folder.name == self._sound: return True
+    reason = _foreign(folder, self._ids, self._published) or next(iter(verify_folder(folder)), None)
+    if reason is None: self._publish(folder)
+    else: self._put_aside(folder, reason)
+    return reason is None
+
+
+@patch
+def _put_aside(self: Run, folder: Path, reason: str, then: str = ""):
+    moved = set_aside(folder).relative_to(self.folder)
+    self.journal.write("set_aside", step=self.step, tokens=self.tokens, folder=folder.name, into=moved.as_posix(), reason=reason)
+    self.say(f"{folder.name} is not used ({printable(reason)}): moved to {moved}{then}")
+
 # %% ../nbs/00c_train.ipynb #newest-state
 def _newest_state(folder: Path) -> tuple[Path | None, list[str]]:
     "The newest sound checkpoint or snapshot; a line for each newer checkpoint that was passed over."
-    (checkpoint, reasons), (snapshot, _) = newest_checkpoint(folder), newest_checkpoint(folder / "snapshots")
+    ids, published = _ids_of(_read_config(folder)), _published_by(folder)
+    refuse = lambda path: _foreign(path, ids, published)
+    (checkpoint, reasons), (snapshot, _) = newest_checkpoint(folder, refuse), newest_checkpoint(folder / "snapshots", refuse)
     if snapshot and (checkpoint is None or _step_of(snapshot) > _step_of(checkpoint)): return snapshot, reasons
     return checkpoint, reasons
 
@@ -1596,23 +1603,31 @@ def _as_checkpoint(self: Run, state: Path) -> Path:
     "The state among the checkpoints, what is damaged set aside."
     place = self.folder / state.name
     for bad in checkpoints(self.folder):
-        if bad != state and _step_of(bad) >= _step_of(state): os.replace(bad, bad.with_name(f".{bad.name}.damaged-{time.time_ns()}"))
-    if state == place: return place
-    os.replace(state, place)
-    self.journal.write("checkpoint", step=_step_of(place), tokens=json.loads((place / "ftkit.json").read_text())["tokens"], folder=place.name)
+        if bad != state and _step_of(bad) >= _step_of(state): self._judge(bad, state)
+    self._sound = place.name
+    if state == place and place.name in self._published: return place
+    if state != place: os.replace(state, place)
+    self.tokens = json.loads((place / "ftkit.json").read_text())["tokens"]
+    self._publish(place)
     return place
 
+
+@patch
+def _judge(self: Run, bad: Path, state: Path):
+    "Set a damaged checkpoint aside; leave a stranger's where it is, unless the run needs its place at once."
+    stranger = _foreign(bad, self._ids, self._published)
+    if stranger is None or bad.name == state.name: return self._put_aside(bad, stranger or next(iter(verify_folder(bad)), "older than the newest"), f"; going on from {state.name}")
+    self.say(f"{bad.name} is not used ({stranger}): left as it is; going on from {state.name}")
 
 # %% ../nbs/00c_train.ipynb #newest
 @patch
 def _newest(self: Run) -> Path | None:
     for place in (self.folder, self.folder / "snapshots"): sweep_temporary(place)
+    self._published = _published_by(self.folder)
     state, reasons = _newest_state(self.folder)
-    for reason in reasons: self.say(f"passed over: {reason}")
-    if state is None and (reasons or self.step): raise FtkitError(f"{self.folder} has no sound checkpoint to go on from; start a new run")
-    if self._changed: write_atomic(self.folder / "config.yaml", _yaml(self._changed))
+    if state is None and (self.step or any(_foreign(path, self._ids, self._published) is None for path in checkpoints(self.folder))): raise FtkitError(f"{self.folder} has no sound checkpoint to go on from ({'; '.join(reasons)}); start a new run")
+    if self._changed: _seal(self.folder, self._changed)
     return state and self._as_checkpoint(state)
-
 
 # %% ../nbs/00c_train.ipynb #fit-begin
 @patch
@@ -1628,6 +1643,7 @@ def _begin(self: Run, checkpoint: Path | None):
     self._forget_after(step)
     facts = dict(process=os.getpid(), host=socket.gethostname(), run=self.folder.name, held=held, options=self._new_options, before=self._old_options, paused=self.state == "paused")
     self.journal.write("resume" if checkpoint else "start", step=step, tokens=self.tokens, **facts)
+    self._tell_changes()
     self._new_options, self._old_options, self._new_rate = None, None, False
     self._begun.set()
     if checkpoint: self.say(f"{self.folder}: going on from {checkpoint.name}")
@@ -1636,9 +1652,9 @@ def _begin(self: Run, checkpoint: Path | None):
 # %% ../nbs/00c_train.ipynb #planned
 @patch
 def _planned(self: Run, args, state):
-    plan = {name: value for name, value in self.trainer.position().items() if name in ("batch", "seed", "order")} | ({"packing": True} if self._capacity() else {})
+    batch = args.per_device_train_batch_size * args.gradient_accumulation_steps
     self.journal.write("plan", step=state.global_step, tokens=self.tokens, total=state.max_steps, epochs=state.num_train_epochs,
-                       rows=len(self.data), **plan, device=str(args.device))
+                       rows=len(self.data), batch=batch, device=str(args.device))
 
 # %% ../nbs/00c_train.ipynb #fail
 @patch
@@ -1802,8 +1818,7 @@ def wait(
     return self
 
 # %% ../nbs/00c_train.ipynb #detach
-_HOOK = "sys.excepthook = lambda *error: sys.stderr.write(redacted(''.join(traceback.format_exception(*error))))"
-_DETACHED = f"import json, sys, traceback; from ftkit.untrusted import redacted; {_HOOK}; from ftkit.train import Run; Run.open(sys.argv[1], quiet=True, **json.loads(sys.argv[2])).start(paused=sys.argv[3] == 'True').wait()"
+_DETACHED = "import json, sys; from ftkit.train import Run; Run.open(sys.argv[1], quiet=True, **json.loads(sys.argv[2])).start(paused=sys.argv[3] == 'True').wait()"
 
 
 def _is_named(name: str, model=None) -> bool:
@@ -1814,14 +1829,14 @@ def _is_named(name: str, model=None) -> bool:
 @patch
 def _detach(self: Run, paused: bool) -> "Run":
     self._check_model()
+    self._check_changes()
     if not _is_named(_read_config(self.folder)["model"]["name"], self.model): raise FtkitError("start(detached=True) loads the model anew by its name, and this one was made in memory: save it to a folder and load it from there")
-    if self.source is not None: raise FtkitError("start(detached=True) cannot take along a dataset that makes its rows in this process: train with start()")
     if self.callbacks: raise FtkitError("start(detached=True) cannot take callbacks along, which are objects of this process: train with start(), or leave them away")
     if checkpoints(self.folder):
         with self._locked(): pass  # nobody trains it
     else: self._write_first_checkpoint()
     new, since = [*(self._new_options or ()), *("learning_rate" for _ in range(self._new_rate))], len(self.history)
-    options = {name: self.options[name] for name in new}
+    options = {name: self.options[name] for name in new} | ({"allow": self._changes.allow} if self._changes else {})
     with open(self.folder / "detached.log", "wb") as log:
         command = [sys.executable, "-c", _DETACHED, str(self.folder.resolve()), json.dumps(options), str(paused)]
         process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True)
@@ -1895,7 +1910,7 @@ def _branch(self: Run, at, name, options: dict) -> "Run":
     folder = _make_folder(self.folder.parent, name)
     self._copy_to(folder, at)
     self.journal.write("branch", step=at, tokens=self.tokens, into=folder.name)
-    return Run.open(folder, self.model, self.tokenizer, tuple(self.callbacks), self.quiet, self.source, **options)
+    return Run.open(folder, self.model, self.tokenizer, tuple(self.callbacks), self.quiet, self._changes.allow if self._changes else (), **options)
 
 # %% ../nbs/00c_train.ipynb #stop-elsewhere
 @patch
@@ -1927,8 +1942,8 @@ def _let_go(self: Run):
 def _copy_to(self: Run, folder: Path, at: int):
     import shutil
     for name in ("data", "tokenizer"): shutil.copytree(self.folder / name, folder / name)
-    config = _read_config(self.folder) | dict(name=folder.name, parent=dict(run=self.folder.name, step=at))
-    write_atomic(folder / "config.yaml", _yaml(config))
+    config = _read_config(self.folder)
+    _seal(folder, config | dict(name=folder.name, id=uuid4().hex, parent=dict(run=self.folder.name, step=at, id=config.get("id"))))
     source, snapshot = self._on_disk(at), self._ring.find(at)
     if source: return shutil.copytree(source, folder / source.name)
     now = self.trainer._snapshot()
@@ -1945,27 +1960,103 @@ def open(
     tokenizer=None,  # likewise; None: the run's own
     callbacks: tuple = (),  # Hugging Face `TrainerCallback`s; they are not saved with a run
     quiet: bool = False,  # print nothing
-    data=None,  # the dataset, where it makes its rows when they are fetched (the folder holds all others)
+    allow: tuple[str, ...] | str = (),  # what may differ from what the run was trained with, of `CHANGES`
     **options,  # of `SFTConfig`; they win over the saved ones
 ) -> Run:  # `fit` goes on where the newest sound checkpoint or snapshot is
-    "Take up a run from its folder. Raises `FtkitError` if there is nothing to go on from, or if its data was changed."
+    "Take up a run from its folder. Raises `FtkitError` if there is nothing to go on from, or if its base or its rows were changed."
     folder = Path(folder)
     config = _read_config(folder)
-    checkpoint, reasons = _newest_state(folder)
-    if checkpoint is None: raise FtkitError(f"{folder} has no sound checkpoint to go on from" + (f": {reasons[0]}" if reasons else ""))
+    checkpoint = _sound_state(folder)
     _check_further(folder, config, _step_of(checkpoint), options)
     if tokenizer is None: tokenizer = _read_tokenizer(folder)
     model = _model_of(folder, config, checkpoint, model, options)
+    data, held_out, prompts = _read_data(folder, config)
+    changes = _compare(folder, allow, config, checkpoint, model, tokenizer, data, held_out)
     run = cls.__new__(cls)
-    run.source, (data, held_out, prompts) = _source_again(folder, config, data), _read_data(folder, config)
     run._take_in(model, tokenizer, data, held_out, prompts, config["allow"], config["compile"], callbacks, quiet, {**config["options"], **options})
-    run._keep_attention(config)
     run._attach(folder)
     run._check_model()
-    with run._model_lock: load_weights(model, checkpoint), run._hold_model()
+    with run._model_lock:
+        load_weights(model, checkpoint)
+        run._hold_model()
     run.step, run.origin = _step_of(checkpoint), config.get("parent", {}).get("step", 0)
-    run._note_changes(config, options)
+    run._note_changes(config, options, changes)
     return run
+
+# %% ../nbs/00c_train.ipynb #changes
+CHANGES = ("base", "data", "tokenizer", "template", "settings", "versions")
+
+
+def _facts_then(config: dict) -> dict[str, dict]:
+    "What a run was trained with, by kind and name; None where it does not say."
+    tokenizer, held_out = config.get("tokenizer") or {}, config.get("held_out") or {}
+    return {
+        "base": {f"the weights of {config['model']['name']} are not those of the model given": config["model"]["base_sha256"] if config["method"] != "full" else None},
+        "data": {"data/train.parquet is not the data that this run was started with": config["data"].get("sha256"), "data/held_out.parquet is not the held-out data of this run": held_out.get("sha256")},
+        "tokenizer": {"the tokenizer turns text into other tokens": tokenizer.get("sha256")},
+        "template": {"the chat template is another one": tokenizer.get("template_sha256")},
+        "settings": {"config.yaml was edited": config.get("sha256")},
+        "versions": dict(config["versions"]),
+    }
+
+# %% ../nbs/00c_train.ipynb #changes-now
+def _as_it_is(config: dict, model, tokenizer, data, held_out) -> dict:
+    "The same parts of a config, of what is here."
+    summed = lambda facts, rows: None if rows is None else {**(facts or {}), "sha256": fingerprint(rows)}
+    rows = dict(data=summed(config["data"], data), held_out=summed(config["held_out"], held_out))
+    return dict(model={**config["model"], "base_sha256": _base_fingerprint(model)}, tokenizer=_tokenizer_facts(tokenizer), **rows, versions=_versions(), sha256=_settings_sum(config))
+
+
+def _changes_between(config: dict, now: dict, checkpoint: Path) -> dict[str, list[str]]:
+    "A line for each thing that is not what it was, by kind."
+    found, short, here = {}, lambda value: printable(value or "none")[:16], _facts_then({**config, **now})
+    for kind, then in _facts_then(config).items():
+        lines = [f"{printable(name)}: {short(before)} then, {short(here[kind].get(name))} now" for name, before in then.items() if before is not None and before != here[kind].get(name)]
+        if lines: found[kind] = lines + (_edited(config, checkpoint) if kind == "settings" else [])
+    return found
+
+
+def _edited(config: dict, checkpoint: Path) -> list[str]:
+    "The options that are not those of the newest checkpoint."
+    before, now = json.loads((checkpoint / "ftkit.json").read_text()).get("options") or {}, json.loads(json.dumps(config["options"], default=str))
+    return [f"option {printable(name)}: {printable(before.get(name))} then, {printable(now.get(name))} now" for name in {**before, **now} if before.get(name) != now.get(name)]
+
+# %% ../nbs/00c_train.ipynb #changes-class
+class _Changes:
+    "What is not what it was when the run was last trained, and what of it is allowed."
+
+    def __init__(self, folder: Path, allow, found: dict[str, list[str]], now: dict):
+        self.folder, self.allow, self.found, self.now = folder, (allow,) if isinstance(allow, str) else tuple(allow), found, now
+        unknown = [name for name in self.allow if name not in CHANGES]
+        if unknown: raise FtkitError(f"allow={unknown[0]!r} is nothing that can be allowed at a resume; there are {', '.join(CHANGES)}")
+
+    def lines(self, kinds) -> list[str]: return [line for kind in kinds for line in self.found[kind]]
+
+    def check(self, *kinds: str):
+        "Raise, with the whole list, if something of these kinds has changed and is not allowed."
+        refused = tuple(kind for kind in self.found if kind not in self.allow)
+        if not set(kinds) & set(refused): return
+        listed, flags = "\n".join(f"- {line}" for line in self.lines(refused)), " ".join(f"--allow {kind}" for kind in refused)
+        raise FtkitError(f"{self.folder} would go on with other things than it was trained with:\n{listed}\nTo go on all the same: Run.open(folder, allow={refused}), or: ftkit resume {self.folder} {flags}")
+
+
+def _compare(folder: Path, allow, config: dict, checkpoint: Path, *parts) -> _Changes:
+    now = _as_it_is(config, *parts)
+    changes = _Changes(folder, allow, _changes_between(config, now, checkpoint), now)
+    changes.check("base", "data")
+    return changes
+
+# %% ../nbs/00c_train.ipynb #allow-changes
+@patch
+def _check_changes(self: Run):
+    if self._changes is not None: self._changes.check(*CHANGES)
+
+
+@patch
+def _tell_changes(self: Run):
+    found, self._changes = self._changes and self._changes.found, None
+    if found: self.journal.write("allowed", step=self.step, tokens=self.tokens, kinds=[*found], changes=[line for lines in found.values() for line in lines])
+    for line in (line for lines in (found or {}).values() for line in lines): self.say(f"allowed: {line}")
 
 # %% ../nbs/00c_train.ipynb #check-further
 def _check_further(folder: Path, config: dict, step: int, options: dict):
@@ -1973,29 +2064,32 @@ def _check_further(folder: Path, config: dict, step: int, options: dict):
     steps, before = options.get("max_steps"), config["options"].get("max_steps")
     if isinstance(steps, int) and 0 < steps <= step and steps != before: raise FtkitError(f"{folder} has reached step {step}, so max_steps={steps} would end it: give more, or leave it out")
 
+
+def _sound_state(folder: Path) -> Path:
+    "The newest sound checkpoint or snapshot; raises where there is none."
+    checkpoint, reasons = _newest_state(folder)
+    if checkpoint is None: raise FtkitError(f"{folder} has no sound checkpoint to go on from" + (f": {reasons[0]}" if reasons else ""))
+    return checkpoint
+
 # %% ../nbs/00c_train.ipynb #model-of
 def _model_of(folder: Path, config: dict, checkpoint: Path, model, options: dict):
     facts = config["model"]
     if model is None: model, _ = load_model(facts["name"], dtype=getattr(torch, facts["dtype"]), quantize=facts.get("quantize"))
     _check_quantized_alike(folder, config, model)
     model = _as_begun(_with_adapter(model, checkpoint), config, options)
-    if config["method"] != "full" and _base_fingerprint(model) != facts["base_sha256"]: raise FtkitError(f"{folder} was trained from {facts['name']}, whose weights are not those of the model given")
     return model
 
 # %% ../nbs/00c_train.ipynb #note-changes
 @patch
-def _note_changes(self: Run, config: dict, options: dict):
-    self._keep_batch(config, options)
+def _note_changes(self: Run, config: dict, options: dict, changes: "_Changes"):
+    self._keep_attention(config)
+    self._id, self._ids = config.get("id"), _ids_of(config)
     before, self._new_rate = config["options"], "learning_rate" in options
     self._rate_given = utc_now() if self._new_rate else config.get("rate_given")
-    self._changed = {**config, "options": self.options, "rate_given": self._rate_given, "rows_per_step": self.batch} if options else None
+    self._changed = {**config, **(changes.now if changes.found else {}), "options": self.options, "rate_given": self._rate_given} if options or changes.found else None
     self._new_options = {name: value for name, value in options.items() if before.get(name) != value} or None
     self._old_options = {name: before.get(name) for name in self._new_options or ()} or None
-
-# %% ../nbs/00c_train.ipynb #keep-batch
-@patch
-def _keep_batch(self: Run, config: dict, options: dict):
-    if not {"per_device_train_batch_size", "gradient_accumulation_steps"} & set(options): self.batch = config.get("rows_per_step") or self.batch
+    self._changes = changes
 
 # %% ../nbs/00c_train.ipynb #read-config
 _CONFIG = dict(name=str, model=dict, method=str, data=dict, options=dict, allow=list, compile=bool, loss=str, versions=dict)
@@ -2013,7 +2107,6 @@ def _config_problem(config) -> str | None:
 def _read_config(folder: Path) -> dict:
     path = Path(folder) / "config.yaml"
     if not path.exists(): raise FtkitError(f"{folder} is not the folder of a run: it has no config.yaml")
-    check_links(folder)
     try: config = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error: raise FtkitError(f"{path} cannot be read: {printable(error)[:200]}") from error
     if (problem := _config_problem(config)): raise FtkitError(f"{path} is damaged: {problem}")
@@ -2036,7 +2129,6 @@ def _check_quantized_alike(folder: Path, config: dict, model):
 def _with_adapter(model, checkpoint: Path):
     if not (checkpoint / "adapter_config.json").exists() or hasattr(model, "peft_config"): return model
     import peft
-    if (found := code_in(checkpoint)): raise FtkitError(f"{checkpoint}: this adapter names code ({found[0]}), and is not loaded")
     config = peft.PeftConfig.from_pretrained(checkpoint)
     config.inference_mode = False
     name = config.base_model_name_or_path
@@ -2070,26 +2162,14 @@ def _read_rows(path: Path):
 def _read_data(folder: Path, config: dict):
     place = folder / "data"
     data, held_out = _read_rows(place / "train.parquet"), _read_rows(place / "held_out.parquet") if config["held_out"] else None
-    if fingerprint(data) != config["data"].get("sha256"): raise FtkitError(f"{place / 'train.parquet'} is not the data that this run was started with")
     try: return data, held_out, [json.loads(line) for line in (place / "prompts.jsonl").read_text(encoding="utf-8").split("\n") if line]
     except (OSError, ValueError) as error: raise FtkitError(f"{place / 'prompts.jsonl'} cannot be read: {printable(error)[:200]}") from error
-
-# %% ../nbs/00c_train.ipynb #source
-def _source_again(folder: Path, config: dict, data):
-    "The live dataset of a run that had one, checked."
-    if not config["data"].get("live"):
-        if data is not None: raise FtkitError(f"{folder} holds its own rows: leave data out")
-        return None
-    if data is None: raise FtkitError(f"{folder} was trained on a dataset that makes its rows when they are fetched: give it again, Run.open({str(folder)!r}, data=...)")
-    if not makes_rows(data) or fingerprint(_frozen(data, config["options"])) != config["data"].get("sha256"): raise FtkitError(f"the dataset given is not the one that {folder} was started with: it makes other rows")
-    return data
 
 # %% ../nbs/00c_train.ipynb #read-tokenizer
 def _read_tokenizer(folder: Path):
     place = folder / "tokenizer"
     if not place.is_dir(): raise FtkitError(f"{place} is missing: give the tokenizer, or copy it there from the run's adapter/ or model/")
-    try: return read_tokenizer(place)
-    except FtkitError: raise
+    try: return transformers.AutoTokenizer.from_pretrained(place, local_files_only=True)
     except Exception as error: raise FtkitError(f"{place} holds no tokenizer that loads: {printable(error)[:200]}") from error
 
 # %% ../nbs/00c_train.ipynb #training-facts
