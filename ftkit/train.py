@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['OTHER_WAYS', 'CHECKPOINT_BUDGET', 'RING_COUNT', 'RING_BYTES', 'RING_SHARE', 'SNAPSHOT_COUNT', 'SNAPSHOT_BUDGET',
-           'TIMES', 'PACKAGES', 'length_grouped_order', 'held_out_loss', 'activation_bytes', 'default_options',
-           'named_weights', 'Trainer', 'save_weights', 'load_weights', 'Run', 'weights_hash']
+           'TIMES', 'PACKAGES', 'held_out_loss', 'activation_bytes', 'default_options', 'named_weights', 'Trainer',
+           'save_weights', 'load_weights', 'Run', 'weights_hash']
 
 # %% ../nbs/00c_train.ipynb #exported-imports
 import atexit
@@ -42,6 +42,7 @@ from transformers import TrainerCallback
 from transformers.trainer_callback import ExportableState, PrinterCallback
 from trl import SFTConfig, SFTTrainer
 
+from .batches import ORDERS, StepRows, StepSampler, collate_rows
 from .checkpoint import checkpoints, load_optimizer, load_rng, newest_checkpoint, paged_again, remove_folder, rng_state, save_optimizer, save_rng, set_rng_state, sweep_temporary, verify_folder, write_folder
 from .control import Control, Journal, RemoteControl, confirmation, read_journal, send, utc_now
 from .core import cache_dir, pick_device, pick_dtype, require, write_atomic
@@ -51,37 +52,6 @@ from .loss import LossPlan, compile_layers, loss_plan, loss_sum, trained_tokens,
 from .models import _base, _is_rewritten, base_fingerprint, base_name, generate, load_model, quantization
 from .preflight import FINDINGS, preflight
 from .report import write_model_card
-
-# %% ../nbs/00c_train.ipynb #length-grouped-order
-def length_grouped_order(
-    lengths: list[int],  # tokens of each row
-    batch_size: int,  # rows of one optimizer step
-    seed: int,  # the same seed and epoch give the same order, on every machine
-    epoch: int = 0,  # each pass over the data has an order of its own
-) -> list[int]:  # every row's index once
-    "Shuffled, but rows of like length side by side; the batch with the longest row first."
-    generator = torch.Generator().manual_seed(seed * 100_003 + epoch)
-    shuffled, longest = torch.randperm(len(lengths), generator=generator).tolist(), max(lengths, default=0)
-    stretch = min(50, max(1, len(lengths) // (2 * batch_size))) * batch_size
-    parts = [sorted(shuffled[i:i + stretch], key=lambda row: -lengths[row]) for i in range(0, len(shuffled), stretch)]
-    rows = [row for part in parts for row in part]
-    batches = [rows[i:i + batch_size] for i in range(0, len(rows), batch_size)]
-    last = batches.pop() if batches and len(batches[-1]) < batch_size else []
-    batches = [batches[i] for i in torch.randperm(len(batches), generator=generator).tolist()]
-    first = next((i for i, batch in enumerate(batches) if max(lengths[row] for row in batch) == longest), 0)
-    batches = batches[first:first + 1] + batches[:first] + batches[first + 1:]
-    return [row for batch in batches for row in batch] + last
-
-# %% ../nbs/00c_train.ipynb #sampler
-class _LengthGrouped(torch.utils.data.Sampler):
-    "The order above as a sampler; the trainer calls `set_epoch`."
-
-    def __init__(self, lengths, batch_size, seed):
-        self.lengths, self.batch_size, self.seed, self.epoch = list(lengths), batch_size, seed, 0
-
-    def set_epoch(self, epoch): self.epoch = epoch
-    def __len__(self): return len(self.lengths)
-    def __iter__(self): return iter(length_grouped_order(self.lengths, self.batch_size, self.seed, self.epoch))
 
 # %% ../nbs/00c_train.ipynb #held-out-loss
 @torch.no_grad()
@@ -263,6 +233,7 @@ def _sft_config(model, folder, has_held_out: bool, options: dict, own=None) -> S
     if options.setdefault("eval_strategy", "steps") == "no": options["eval_on_start"] = False
     for name, (neutral, why) in OTHER_WAYS.items():
         if options.get(name, neutral) != neutral: raise FtkitError(f"{name}={options[name]!r} has no effect on Run: {why}")
+    if options["train_sampling_strategy"] not in ORDERS: raise FtkitError(f"train_sampling_strategy={options['train_sampling_strategy']!r} has no effect on Run: there are {', '.join(ORDERS)}")
     if options.get("logging_strategy") == "no": raise FtkitError("logging_strategy='no' would leave the journal without steps: logging_steps says how often one is written")
     with _without_bars(), _beside_training(own):
         try: return SFTConfig(output_dir=str(folder), dataset_kwargs={"skip_prepare_dataset": True}, remove_unused_columns=False, **options)
@@ -355,6 +326,7 @@ class Trainer(SFTTrainer):
         self.run, self.plan = run, plan
         with _tensors_kept(kwargs["model"]): super().__init__(**kwargs)
         self.model_accepts_loss_kwargs = self._loss_shifts_labels = True  # count the trained tokens of the whole step
+        self._sampler = self._make_sampler()
         self.remove_callback(PrinterCallback)
         self.trl_loss = self.args.loss_type != "nll" or self.args.label_smoothing_factor > 0 or self.aux_loss_enabled
         if self.trl_loss: run.say("TRL's own loss is used: loss_type, label_smoothing_factor and auxiliary losses are its")
@@ -404,7 +376,8 @@ def training_step(
     *args,  # as in Hugging Face's trainer
     **kwargs,  # likewise
 ):
-    "Hugging Face's own, timed: what is not forward is backward."
+    "Hugging Face's own, timed: what is not forward is backward. A micro-batch without rows is passed over."
+    if not args[1]["labels"].numel(): return torch.zeros((), device=self.args.device)
     forward, entered = self.run._spent["forward"], time.perf_counter()
     loss = super(Trainer, self).training_step(*args, **kwargs)
     self.run._spent["backward"] += time.perf_counter() - entered - (self.run._spent["forward"] - forward)
@@ -419,11 +392,43 @@ def autocast(self: Trainer):
 
 # %% ../nbs/00c_train.ipynb #trainer-order
 @patch
-def _get_train_sampler(self: Trainer, train_dataset=None):
-    if self.args.train_sampling_strategy != "group_by_length": return super(Trainer, self)._get_train_sampler(train_dataset)
-    rows = self.args.train_batch_size * self.args.gradient_accumulation_steps
-    seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
-    return _LengthGrouped((train_dataset or self.train_dataset)["length"], rows, seed)
+def _plan_seed(self: Trainer) -> int: return self.args.seed if self.args.data_seed is None else self.args.data_seed
+
+
+@patch
+def _make_sampler(self: Trainer) -> StepSampler:
+    args = self.args
+    return StepSampler(self.run.lengths(), self.run.batch, args.gradient_accumulation_steps, self._plan_seed(), args.train_sampling_strategy, args.dataloader_drop_last)
+
+# %% ../nbs/00c_train.ipynb #trainer-loader
+@patch
+def get_train_dataloader(
+    self: Trainer,
+) -> torch.utils.data.DataLoader:  # of micro-batches, `gradient_accumulation_steps` to each optimizer step
+    "The micro-batches of the plan, from the cursor on once a checkpoint is loaded."
+    args = self.args
+    workers = dict(num_workers=args.dataloader_num_workers, persistent_workers=args.dataloader_persistent_workers, prefetch_factor=args.dataloader_prefetch_factor,
+                   multiprocessing_context=args.dataloader_multiprocessing_context, in_order=args.dataloader_in_order)
+    loader = torch.utils.data.DataLoader(StepRows(self.train_dataset, self._sampler.seed), batch_sampler=self._sampler, collate_fn=self.data_collator,
+                                         pin_memory=args.dataloader_pin_memory, generator=torch.Generator(), **workers)
+    return self.accelerator.prepare(loader)
+
+# %% ../nbs/00c_train.ipynb #position
+@patch
+def position(
+    self: Trainer,
+) -> dict:  # epoch, steps done in it, and the plan that these are of: rows to a step, seed, order
+    "Where the run is in its data."
+    sampler = self._sampler
+    epoch, step = divmod(self.state.global_step, max(1, sampler.steps()))
+    return dict(epoch=epoch, step=step, batch=sampler.batch, seed=sampler.seed, order=str(getattr(sampler.order, "value", sampler.order)))
+
+
+@patch
+def _notice_other_plan(self: Trainer, checkpoint):
+    saved, now = json.loads((Path(checkpoint) / "ftkit.json").read_text()).get("position"), self.position()
+    other = [f"{name} {saved[name]} before, {now[name]} now" for name in ("batch", "seed", "order") if saved and saved.get(name) != now[name]]
+    if other: self.run.say(f"the rows of each step are others from here on ({'; '.join(other)}): step {now['step']} of epoch {now['epoch']} of the new plan")
 
 # %% ../nbs/00c_train.ipynb #create-optimizer
 @patch
@@ -466,8 +471,10 @@ def _run_epoch(self: Trainer, *args, **kwargs):
 
 
 @patch
-def _init_training_state(self: Trainer, max_steps, *args):
-    epochs_and_steps = super(Trainer, self)._init_training_state(max_steps, *args)
+def _init_training_state(self: Trainer, max_steps, steps_per_epoch, epochs, checkpoint, trial):
+    epochs_and_steps = super(Trainer, self)._init_training_state(max_steps, steps_per_epoch, epochs, checkpoint, trial)
+    self._sampler.cursor = epochs_and_steps[0], epochs_and_steps[1] // self.args.gradient_accumulation_steps
+    if checkpoint is not None: self._notice_other_plan(checkpoint)
     self.state.compute_steps(self.args, max_steps)
     for callback in self.callback_handler.callbacks:
         saved = self.state.stateful_callbacks.get(type(callback).__name__)
@@ -505,7 +512,7 @@ def _step_of(folder: Path) -> int: return int(folder.name.split("-")[-1])
 def _write_state(self: Trainer, folder: Path):
     save_weights(self.model, folder)
     if self.optimizer is not None: save_optimizer(_bare(self.optimizer), self.model, folder)
-    state = dict(scheduler=_plain_state(self.lr_scheduler), rate=self.args.learning_rate, held=self.run.held_learning_rate, tokens=self.run.tokens, trained=self.run.trained, given=self.run._rate_given)
+    state = dict(scheduler=_plain_state(self.lr_scheduler), rate=self.args.learning_rate, held=self.run.held_learning_rate, tokens=self.run.tokens, trained=self.run.trained, given=self.run._rate_given, position=self.position())
     if self.accelerator.scaler is not None: state["scaler"] = self.accelerator.scaler.state_dict()
     (folder / "ftkit.json").write_text(json.dumps(state, indent=1))
     save_rng(folder)
@@ -796,6 +803,7 @@ def _take_in(self: Run, model, tokenizer, data, held_out, prompts, allow, compil
     self.model, self.tokenizer, self.data, self.held_out, self.prompts = model, tokenizer, data, held_out, prompts
     self.allow = (allow,) if isinstance(allow, str) else tuple(allow)
     self.compile, self.callbacks, self.quiet, self.options = compile, list(callbacks), quiet, options
+    self.batch = options["per_device_train_batch_size"] * options.get("gradient_accumulation_steps", 1)
     if model is None or not any(p.requires_grad for p in model.parameters()): raise FtkitError("nothing to train: no weight of this model requires a gradient; call ftkit.lora.add_lora or ftkit.full.train_fully first")
     if int(os.environ.get("WORLD_SIZE", 1)) > 1: raise FtkitError("Run trains in one process on one device; start it without torchrun or accelerate launch")
     _check_trainable(model)
@@ -808,6 +816,14 @@ def _take_in(self: Run, model, tokenizer, data, held_out, prompts, allow, compil
     if note: self.say(note)
     with _undisturbed(model): self.plan = loss_plan(model)
     if options.get("neftune_noise_alpha"): self.plan = self.plan.without_prefix("NEFTune draws noise for each row")
+
+# %% ../nbs/00c_train.ipynb #lengths
+@patch
+def lengths(
+    self: Run,
+) -> list[int]:  # tokens of each row
+    "How long the training rows are."
+    return list(self.data["length"])
 
 # %% ../nbs/00c_train.ipynb #check-trainable
 def _check_trainable(model):
@@ -982,7 +998,7 @@ def _write_config(self: Run, facts: dict):
         model=dict(name=base_name(self.model) or type(self.model).__name__, dtype=str(weight.dtype).removeprefix("torch."), device=str(weight.device), quantize=quantization(self.model), base_sha256=_base_fingerprint(self.model), **sizes),
         method=_method(self.model), adapter=_adapter_facts(self.model), frozen=_frozen_parts(self.model), machine=_machine(weight.device),
         data=_data_facts(self.data), held_out=_data_facts(self.held_out),
-        options=self.options, compile=self.compile, allow=list(self.allow), loss=self.plan.reason, attention=self.plan.attention, versions=_versions(),
+        options=self.options, compile=self.compile, allow=list(self.allow), rows_per_step=self.batch, loss=self.plan.reason, attention=self.plan.attention, versions=_versions(),
     )
     write_atomic(self.folder / "config.yaml", _yaml(config))
 
@@ -1021,7 +1037,7 @@ def _make_trainer(self: Run) -> Trainer:
         return Trainer(
             self, self.plan, model=self.model, args=args,
             train_dataset=self.data, eval_dataset=self.held_out, processing_class=self.tokenizer,
-            data_collator=partial(collate, pad_token_id=self.tokenizer.pad_token_id), callbacks=[_FirstCheckpoint(self), _Edges(self), *self.callbacks],
+            data_collator=partial(collate_rows, pad_token_id=self.tokenizer.pad_token_id), callbacks=[_FirstCheckpoint(self), _Edges(self), *self.callbacks],
         )
 
 # %% ../nbs/00c_train.ipynb #too-big
@@ -1070,6 +1086,8 @@ def _log_step(self: Run, fields: dict):
     self._last.update(fields)
     spent, self._told = {k: round(self._spent[k] - self._told[k], 4) for k in TIMES}, dict(self._spent)
     more = dict(seconds=spent, **self._memory()) | (dict(snapshots=self._snapshots()) if self._steered else {})
+    position = self.trainer.position()
+    more["position"] = [position["epoch"], position["step"]]
     if self.state == "paused": more["paused"] = True  # the rest of a step, for what needs a whole one
     self.journal.write("step", step=self.step, tokens=self.tokens, **fields, **more)
     self._notice_trouble(fields)
@@ -1558,9 +1576,9 @@ def _begin(self: Run, checkpoint: Path | None):
 # %% ../nbs/00c_train.ipynb #planned
 @patch
 def _planned(self: Run, args, state):
-    batch = args.per_device_train_batch_size * args.gradient_accumulation_steps
+    plan = {name: value for name, value in self.trainer.position().items() if name in ("batch", "seed", "order")}
     self.journal.write("plan", step=state.global_step, tokens=self.tokens, total=state.max_steps, epochs=state.num_train_epochs,
-                       rows=len(self.data), batch=batch, device=str(args.device))
+                       rows=len(self.data), **plan, device=str(args.device))
 
 # %% ../nbs/00c_train.ipynb #fail
 @patch
@@ -1906,12 +1924,17 @@ def _model_of(folder: Path, config: dict, checkpoint: Path, model, options: dict
 # %% ../nbs/00c_train.ipynb #note-changes
 @patch
 def _note_changes(self: Run, config: dict, options: dict):
+    self._keep_batch(config, options)
     before, self._new_rate = config["options"], "learning_rate" in options
     self._rate_given = utc_now() if self._new_rate else config.get("rate_given")
-    self._changed = {**config, "options": self.options, "rate_given": self._rate_given} if options else None
+    self._changed = {**config, "options": self.options, "rate_given": self._rate_given, "rows_per_step": self.batch} if options else None
     self._new_options = {name: value for name, value in options.items() if before.get(name) != value} or None
     self._old_options = {name: before.get(name) for name in self._new_options or ()} or None
 
+# %% ../nbs/00c_train.ipynb #keep-batch
+@patch
+def _keep_batch(self: Run, config: dict, options: dict):
+    if not {"per_device_train_batch_size", "gradient_accumulation_steps"} & set(options): self.batch = config.get("rows_per_step", self.batch)
 
 # %% ../nbs/00c_train.ipynb #read-config
 _CONFIG = dict(name=str, model=dict, method=str, data=dict, options=dict, allow=list, compile=bool, loss=str, versions=dict)
