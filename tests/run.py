@@ -55,7 +55,7 @@ def parse(arguments):
 
 def find_tests(folder: Path, name: str) -> list[Path]:
     "The test files, those that drive a browser last."
-    found = [*sorted(folder.glob("test_*.py")), *sorted(folder.glob("browser/test_*.py"))]
+    found = [path for pattern in ("test_*.py", "faults/test_*.py", "browser/test_*.py") for path in sorted(folder.glob(pattern))]
     return [path for path in found if name in path.relative_to(folder).as_posix()]
 
 

@@ -1,0 +1,197 @@
+"""Runs that are hurt at every call to the file system, and taken up again. A process of its own, which forks a child per fault.
+
+    python sweep.py FOLDER TASKS.json      writes FOLDER/results.json
+
+A task is a case (see `CASE`), an act of the shim, and which calls to hit: `every` n-th, beginning with `first`. The child of a fault opens a copy
+of a run that stands at step 2 of 6 and trains on: it resumes, saves and rotates twice, and writes the adapter. Where the fault ends it, or
+an error does, another child takes the run up as a person would, and tells what came of it. All on one thread, with a model of random weights.
+"""
+import gc
+import json
+import os
+import shutil
+import sys
+import traceback
+from pathlib import Path
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+sys.path.insert(0, str(Path(__file__).parent))
+
+import peft  # noqa: E402
+import torch  # noqa: E402
+import transformers  # noqa: E402
+from shim import ENDED, Shim  # noqa: E402
+
+import ftkit.checkpoint  # noqa: E402
+from ftkit.checkpoint import checkpoints, verify_folder  # noqa: E402
+from ftkit.models import tiny_model  # noqa: E402
+from ftkit.train import Run, weights_hash  # noqa: E402
+
+torch.set_num_threads(1)
+TOTAL = 6  # steps of every run
+WORDS = "stressed drawer lager repaid warts gums decal diaper parts regal sloops smart straw tuber live star".split()
+RECORDS = [dict(instruction="Say it backwards.", input=word, output=word[::-1]) for word in WORDS]
+# method: lora or full; accumulation: micro-batches of a step; workers: of the loader; rows: of the data, 2 to a micro-batch;
+# stops: where the run was stopped and taken up before the fault; options: more for Run; control: what is broken on purpose
+CASE = dict(method="lora", accumulation=1, workers=0, rows=12, stops=[2], options={}, control=None)
+
+
+def model_of(case: dict):
+    model, tokenizer = tiny_model("qwen")
+    torch.manual_seed(5)
+    if case["method"] == "full":
+        return model.requires_grad_(True).train(), tokenizer
+    config = peft.LoraConfig(r=2, lora_dropout=0.2, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
+    return peft.get_peft_model(model, config), tokenizer
+
+
+def options_of(case: dict) -> dict:
+    "Dropout or noise, so that the random states matter; a held-out loss, so that there is a best."
+    more = dict(neftune_noise_alpha=5.0) if case["method"] == "full" else {}
+    return dict(
+        max_steps=TOTAL, per_device_train_batch_size=2, gradient_accumulation_steps=case["accumulation"], dataloader_num_workers=case["workers"],
+        learning_rate=3e-3, save_steps=2, eval_steps=4, save_total_limit=2, seed=3, quiet=True, **more, **case["options"],
+    )
+
+
+def begin(case: dict, folder: Path) -> str:
+    "A run stopped at the last of `stops`; and the weights at the end of one that never was."
+    model, tokenizer = model_of(case)
+    data = (model, tokenizer, RECORDS[: case["rows"]], RECORDS[-2:])
+    whole = Run(*data, root=folder, name="whole", prompts=[], **options_of(case)).fit()
+    model, tokenizer = model_of(case)
+    Run(model, tokenizer, *data[2:], root=folder, name="begun", prompts=[], callbacks=(Stop(case["stops"][0]),), **options_of(case)).fit()
+    for step in case["stops"][1:]:
+        Run.open(folder / "begun", *base_of(case), callbacks=(Stop(step),), quiet=True).fit()
+    return weights_hash(whole.model)
+
+
+class Stop(transformers.TrainerCallback):
+    "Ends a run after a step."
+
+    def __init__(self, step):
+        self.step = step
+
+    def on_step_end(self, args, state, control, **kwargs):
+        control.should_training_stop |= state.global_step == self.step
+
+
+def base_of(case: dict):
+    return tiny_model("qwen")
+
+
+def go_on(case: dict, folder: Path) -> Run:
+    more = dict(ignore_data_skip=True) if case["control"] == "no cursor" else {}
+    if case["control"] == "no check":  # neither flushed nor verified
+        ftkit.checkpoint._sync = lambda path: None
+        ftkit.checkpoint._file_problem = lambda path, expected: None
+        ftkit.checkpoint._read_manifest = lambda folder: {}
+        ftkit.train.verify_folder = ftkit.checkpoint.verify_folder = lambda path: []
+    return Run.open(folder, *base_of(case), quiet=True, **more).fit()
+
+
+# ---- children
+
+def in_child(work, report: Path) -> int:
+    "Fork; the child does `work` and writes what it returns. Returns the process's number."
+    process = os.fork()
+    if process:
+        return process
+    status = 0
+    try:
+        os.setpgid(0, 0)
+        null = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(null, 1), os.dup2(null, 2)
+        result = work()
+    except BaseException as error:
+        result, status = dict(error=f"{type(error).__name__}: {error}", trace=traceback.format_exc()[-3000:]), 1
+    report.write_text(json.dumps(result))
+    os._exit(status)
+
+
+def hurt(case: dict, folder: Path, at: int, act: str | None) -> dict:
+    with Shim(folder, at, act) as shim:
+        run = go_on(case, folder)
+    return dict(calls=shim.calls, state=run.state)
+
+
+def taken_up(case: dict, folder: Path) -> dict:
+    "Go on, and look at what is there: sound checkpoints, a whole adapter."
+    run = go_on(case, folder)
+    place = run.folder / ("adapter" if case["method"] == "lora" else "model")
+    problems = [f"{path.name}: {line}" for path in (place, *checkpoints(folder)) for line in verify_folder(path)]
+    left = [path.name for path in folder.iterdir() if ".tmp-" in path.name or path.name.startswith(f".{place.name}")]
+    resumed = [e["step"] for e in run.history if e["what"] in ("start", "resume")][-1]
+    return dict(weights=weights_hash(run.model), state=run.state, problems=problems, left=left, from_step=resumed)
+
+
+# ---- the sweep
+
+def prepared(cases: list[dict], folder: Path) -> dict:
+    "For each case: the folder of the run begun, the weights of the whole one, and the calls of a continuation that nothing hurts."
+    made = {}
+    for number, case in enumerate(cases):
+        place, report = folder / f"case-{number}", folder / f"case-{number}.json"
+        place.mkdir()
+        os.waitpid(in_child(lambda: dict(weights=begin({**case, "control": None}, place)), report), 0)
+        facts = json.loads(report.read_text())
+        if "error" in facts:
+            raise SystemExit(f"{case}: {facts['trace']}")
+        copy = shutil.copytree(place / "begun", place / "count")
+        os.waitpid(in_child(lambda: hurt({**case, "control": None}, copy, 0, None), report), 0)
+        made[json.dumps(case, sort_keys=True)] = dict(begun=place / "begun", weights=facts["weights"], calls=json.loads(report.read_text())["calls"])
+    return made
+
+
+class Points:
+    "As many children at a time as there are cores."
+
+    def __init__(self, folder: Path, most: int = os.cpu_count() or 1):
+        self.folder, self.most, self.running, self.done = folder, most, {}, []
+
+    def add(self, point: dict):
+        while len(self.running) >= self.most:
+            self.wait()
+        place = self.folder / f"point-{len(self.done) + len(self.running)}-{os.urandom(4).hex()}"
+        shutil.copytree(point["begun"], place)
+        self.start(point, place, "hurt", lambda: hurt(point["case"], place, point["at"], point["act"]))
+
+    def start(self, point, place, stage, work):
+        report = place.with_suffix(f".{stage}.json")
+        self.running[in_child(work, report)] = (point, place, stage, report)
+
+    def wait(self):
+        process, status = os.wait()
+        if process not in self.running:
+            return
+        point, place, stage, report = self.running.pop(process)
+        result = json.loads(report.read_text()) if report.exists() else {}
+        report.unlink(missing_ok=True)
+        if stage == "hurt":
+            point["ended"], point["hurt_error"] = os.waitstatus_to_exitcode(status), result.get("error")
+            return self.start(point, place, "up", lambda: taken_up(point["case"], place))
+        point.update(result, exit=os.waitstatus_to_exitcode(status))
+        shutil.rmtree(place, ignore_errors=True)
+        self.done.append({key: value for key, value in point.items() if key != "begun"})
+
+    def finish(self) -> list[dict]:
+        while self.running:
+            self.wait()
+        return self.done
+
+
+def main(folder: Path, tasks: list[dict]) -> dict:
+    tasks = [{**task, "case": {**CASE, **task["case"]}} for task in tasks]
+    made = prepared([json.loads(text) for text in dict.fromkeys(json.dumps(task["case"], sort_keys=True) for task in tasks)], folder)
+    gc.collect(), gc.freeze()  # what is here already need not be looked through by every child
+    points = Points(folder)
+    for task in tasks:
+        facts = made[json.dumps(task["case"], sort_keys=True)]
+        for at in range(task.get("first", 1), len(facts["calls"]) + 1, task.get("every", 1)):
+            points.add(dict(case=task["case"], act=task["act"], at=at, call=facts["calls"][at - 1], begun=facts["begun"], wanted=facts["weights"]))
+    return dict(points=points.finish(), calls={text: facts["calls"] for text, facts in made.items()}, ended=ENDED)
+
+
+if __name__ == "__main__":
+    where = Path(sys.argv[1])
+    (where / "results.json").write_text(json.dumps(main(where, json.loads(Path(sys.argv[2]).read_text()))))
