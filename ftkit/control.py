@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['ACTIONS', 'MOST_PROMPTS', 'LONGEST_PROMPT', 'NUMBERS', 'LINE_LIMIT', 'check_action', 'parse_action', 'utc_now',
-           'Request', 'LineReader', 'LineWriter', 'Journal', 'new_events', 'read_journal', 'send_request', 'send',
-           'confirmation', 'Inbox', 'Steering', 'Control', 'RemoteControl']
+           'Request', 'LineReader', 'LineWriter', 'Journal', 'new_events', 'read_journal', 'damaged_lines',
+           'send_request', 'send', 'confirmation', 'Inbox', 'Steering', 'Control', 'RemoteControl']
 
 # %% ../nbs/00c2_control.ipynb #exported-imports
 import json
@@ -37,6 +37,7 @@ ACTIONS = {
     "evaluate": "measure the held-out loss now",
     "checkpoint": "save now",
     "lr": "the learning rate: a number, or `schedule` to give it back to the schedule",
+    "halve": "half the rows at a time, twice as often: the same step in less memory",
     "rewind": "go back to an earlier step, `rewind=12`: weights, optimizer, schedule, random states and rows",
 }
 
@@ -335,6 +336,18 @@ def read_journal(
 ) -> list[dict]:  # the events, oldest first; keys what, step, tokens, time and those of the kind
     "All events of a run, its earlier processes included; empty where there is no journal yet."
     return new_events(folder)[0]
+
+# %% ../nbs/00c2_control.ipynb #damaged-lines
+def damaged_lines(
+    folder: str | Path,  # the run's folder
+) -> list[str]:  # one for each such as: line 17 of journal.jsonl is no event: '{"what": "ste'
+    "The journal's whole lines that are no events, and that readers pass over."
+    reader, found, number = LineReader(Path(folder) / "journal.jsonl"), [], 0
+    while reader.grown():
+        for number, (_, line) in enumerate(reader.take(), number + 1):
+            event = _event(line)
+            if event is None or not _is_event(event): found.append(f"line {number} of journal.jsonl is no event: {(line or b'')[:40].decode(errors='replace')!a}")
+    return found
 
 # %% ../nbs/00c2_control.ipynb #require-run
 LINE_LIMIT = 2**20  # bytes; of the inbox

@@ -135,7 +135,7 @@ def _answered(view: RunView, event):
 
 
 def _alarmed(view: RunView, event):
-    view.alarm = event
+    view.alarm = None if event.get("over") is True else event
     if event.get("paused"): view.state = "paused"
 
 

@@ -74,7 +74,9 @@ def _begun(line: Timeline, event: dict):
     reached = line._reached if back is None else back
     if reached > step: line.detours.append((reached, step))
     line._reached = step
+    halved = [action for s, actions in line.actions.items() if s > step for action in actions if action[0] == "halve"]  # going back does not undo it
     line.actions = {s: kept for s, actions in line.actions.items() if s <= step and (kept := [a for a in actions if s < step or a[0] != "lr"])}
+    if halved: line.actions.setdefault(step, []).extend(halved)
     line._resets = {s for s in line._resets if s < step}
     if line.held(step) != held: line.actions.setdefault(step, []).append(("lr", "schedule" if held is None else held))
     _change(line, step, _given(event, "options", dict) or {}, _given(event, "before", dict) or {})
@@ -99,6 +101,8 @@ def _reset(line: Timeline, event: dict):
 def _did(line: Timeline, event: dict):
     if event.get("status") != "applied" or _given(event, "action", str) not in ACTIONS or event["action"] in ("pause", "resume", "stop", "rewind"): return
     line.actions.setdefault(event["step"], []).append((event["action"], event.get("value")))
+    if event["action"] == "halve" and len(_given(event, "old", list) or ()) == 2:
+        line.before = dict(zip(("per_device_train_batch_size", "gradient_accumulation_steps"), event["old"])) | line.before
 
 
 def _stepped(line: Timeline, event: dict): line._reached = event["step"]
