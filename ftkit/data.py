@@ -56,7 +56,9 @@ def _text(fields: dict, field: str, where: str = "") -> str:
 _JSON_TEXT = "json_text"
 
 def _plain(value: object) -> object:
-    if isinstance(value, dict) and list(value) == [_JSON_TEXT] and isinstance(value[_JSON_TEXT], str): return json.loads(value[_JSON_TEXT])
+    if isinstance(value, dict) and list(value) == [_JSON_TEXT] and isinstance(value[_JSON_TEXT], str):
+        try: return json.loads(value[_JSON_TEXT])
+        except (ValueError, RecursionError): return value
     if not (isinstance(value, list) and value and isinstance(value[0], dict)): return value
     return [{key: _plain(inner) for key, inner in item.items() if inner is not None} if isinstance(item, dict) else item for item in value]
 
