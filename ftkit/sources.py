@@ -325,11 +325,12 @@ def _from_hub(name: str, split: str | None) -> _Source:
 # %% ../nbs/00a1_sources.ipynb #source-of
 def _source_of(source: object, split: str | None) -> _Source:
     if not isinstance(source, (str, Path)): return _from_rows(source, split)
+    if not str(source).strip(): raise FtkitError("the name of the source is empty")
     path = Path(source).expanduser()
     try: there = path.exists() or path.is_symlink()
     except (OSError, ValueError) as error: raise FtkitError(f"{printable(source)}: no name of a file: {printable(error)}") from None
     if not there:
-        if isinstance(source, Path) or _reader(path) or path.suffix.lower() == ".gz" or source.count("/") > 1 or source.startswith((".", "/", "~")) or "\\" in source or not source.strip():
+        if isinstance(source, Path) or _reader(path) or path.suffix.lower() == ".gz" or source.count("/") > 1 or source.startswith((".", "/", "~")) or "\\" in source:
             raise FtkitError(f"{printable(source)}: No such file or directory")
         return _from_hub(source, split)
     if (path / "dataset_info.json").is_file() and (path / "state.json").is_file() or (path / "dataset_dict.json").is_file():
@@ -424,7 +425,7 @@ class _Tally:
 
 # %% ../nbs/00a1_sources.ipynb #tally-2
 def _check_tally(tally: _Tally, name: str, advice: str):
-    if tally.bad <= tally.good: return
+    if tally.good and tally.bad <= tally.good: return
     left_out = f"; {tally.bad:,} left out, the first is {tally.first_bad}"
     if not tally.good: raise FtkitError(f"{name}: no record in it{left_out}" + f" ({advice})" * bool(advice))
     raise FtkitError(f"{name}: more bad records than good ones ({tally.bad:,} of the first {tally.bad + tally.good:,}), so something else is wrong{left_out} ({advice or 'format= and columns= say how it is to be read'})")
@@ -438,31 +439,34 @@ def _read_into(source: _Source, writer: _Writer, rejects: object, format: str | 
         try:
             for at, raw in entries:
                 if tally.good + tally.bad == 100: _check_tally(tally, source.name, advice)
-                try: _take(raw, writer, tally, format, columns)
+                try: record, kinds = _take(raw, tally, format, columns)
                 except FtkitError as error:
                     if isinstance(error, _Unclear) and tally.good + tally.bad < 100: raise
                     if not skip_bad: raise FtkitError(f"{place} {at}: {error}{_hint(raw, error)}") from None
                     if not tally.bad: tally.first_bad, advice = f"{where}{place} {at}: {error}", _hint(raw, error).removeprefix("; ")
                     tally.bad += 1
                     rejects.write(_reject(f"{place} {at}", error, raw, file))
+                else: writer.add(record, kinds, len(raw) if isinstance(raw, (str, bytes)) else 0)
+            writer.flush()
         except FtkitError as error:
             raise FtkitError(str(error) if str(error).startswith(f"{source.name}: ") else f"{source.name}: {where}{error}") from None
     _check_tally(tally, source.name, advice)
     return tally
 
 # %% ../nbs/00a1_sources.ipynb #take
-def _take(raw: object, writer: _Writer, tally: _Tally, format: str | None, columns: dict):
-    "Check one record and keep it."
+def _take(raw: object, tally: _Tally, format: str | None, columns: dict) -> tuple[dict, dict]:
+    "A good record, counted, and the kinds of its fields."
     seen = []
     def prepare(record):
         seen.append(record)
         return _prepared(record, format, columns)
     record = _checked(raw, prepare)
-    writer.add(record, _kinds_of(record), len(raw) if isinstance(raw, (str, bytes)) else 0)
+    kinds = _kinds_of(record)
     tally.good += 1
     tally.formats[formats_of(record)[0]] += 1
     if tally.first is None: tally.first = record
     if format: tally.aside.update({name for name, value in seen[0].items() if value is not None} - record.keys() - columns.keys())
+    return record, kinds
 
 # %% ../nbs/00a1_sources.ipynb #take-2
 def _hint(raw: object, error: FtkitError) -> str:
@@ -571,7 +575,9 @@ def load_data(
 def _loaded(source: _Source, format: str | None, columns: dict, skip_bad: bool, rejected: Path | None) -> tuple[object, SourceReport]:
     key = _key(source, format, columns)
     folder = _data_folder() / key if key else None
-    if folder is None or not (folder / "report.json").exists(): folder = _build(source, format, columns, skip_bad, rejected, key)
+    if folder is None or not (folder / "report.json").exists():
+        if folder: shutil.rmtree(folder, ignore_errors=True)   # damaged by hand
+        folder = _build(source, format, columns, skip_bad, rejected, key)
     data, report = _open_built(folder)
     report.name = source.name
     if report.bad and not skip_bad: raise FtkitError(f"{source.name}: {report.first_bad}")
