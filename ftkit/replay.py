@@ -488,7 +488,7 @@ class Comparison:
 @patch(as_prop=True)
 def figure(self: Comparison):
     "The curves laid over each other, a `matplotlib.figure.Figure`."
-    with _drawing: return _figure(self.curves[0], 820, self.curves[1:], self.names)
+    with _drawing: return _figure(self.curves[0], 820, self.curves[1:], self.names).figure
 
 
 @patch
