@@ -14,7 +14,7 @@ import threading
 import time
 import warnings
 from collections.abc import Iterable
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass
 from difflib import SequenceMatcher
 from pathlib import Path
@@ -25,6 +25,7 @@ import torch
 from fastcore.basics import patch
 
 from .data import FtkitError, printable, to_messages
+from .lens import _nobody_trains
 from .lora import _misfit, _own_random_state, _read_config, _read_shapes, _same_name, _training_facts
 from .models import QUANTIZATIONS, _base, _check_weights, _quiet, _rewrites, base_difference, base_fingerprint, base_name, generate, load_model, stream
 from .report import _as_text
@@ -413,12 +414,6 @@ def merge(
         raise FtkitError(f"the adapter cannot be merged: {printable(error)[:300]}") from None
     plain.config._name_or_path = f"{base_name(plain)}-merged"
     return plain.requires_grad_(True).eval()
-
-# %% ../nbs/03_inference.ipynb #nobody-trains
-def _nobody_trains(model):
-    "A context in which no run of this process trains the model; `FtkitError` if one is at it."
-    engine = sys.modules.get("ftkit.train")  # where no run was made, none trains
-    return engine._undisturbed(model) if engine else nullcontext()
 
 # %% ../nbs/03_inference.ipynb #turn-html
 CHAT_STYLE = """<style>.ftk-talk{display:flex;flex-direction:column-reverse;max-height:420px;overflow:auto}.ftk-talk>.widget-vbox{flex:none}
