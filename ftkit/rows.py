@@ -22,7 +22,7 @@ import ipywidgets as widgets
 import numpy as np
 from fastcore.basics import patch
 
-from .data import BatchRow, FtkitError, _hash, _log, _row_html, _shown_row, _STYLE, _visible, encode, encode_data, load_records, printable
+from .data import BatchRow, FtkitError, _hash, _log, _row_html, _row_title, _shown_row, _STYLE, _visible, encode, encode_data, load_records, printable
 from .widgets import STYLE, Board, _hear_at_once, _on_enter, _row, _says
 
 # %% ../nbs/00c9_rows.ipynb #row-key
@@ -182,16 +182,15 @@ def _encoded(number: int, record: dict, tokenizer: object) -> BatchRow:
     return _shown_row(number, record if "input_ids" in record else encode(record, tokenizer, max_length=None), tokenizer)
 
 # %% ../nbs/00c9_rows.ipynb #encoded-row-row-page
-def _row_page(number: int, record: dict, tokenizer: object, show: str, losses: Callable | None = None) -> str:
-    "One row as HTML: `show` is tokens, loss, record, or both."
+def _row_page(number: int, record: dict, tokenizer: object, show: str, losses: Callable | None = None) -> tuple[str, str]:
+    "Title and body of one row; `show` is tokens, loss, record, or both."
     parts = [_record_html(record)] if show in ("record", "both") and "input_ids" not in record else []
-    if show == "record" and parts: return parts[0]
+    if show == "record" and parts: return f"row {number}", parts[0]
     try: row = _encoded(number, record, tokenizer)
-    except FtkitError as error: return "".join([f'<div class="ftk-box">not trainable: {_says(error, 600)}</div>', *(parts or [_record_html(record)])])
+    except FtkitError as error: return f"row {number}", "".join([f'<div class="ftk-box">not trainable: {_says(error, 600)}</div>', *(parts or [_record_html(record)])])
     try: row.losses = losses(row) if show == "loss" and losses else None
     except FtkitError as error: parts.append(f'<div class="ftk-box">{_says(error, 600)}</div>')
-    parts.append(f'<div class="ftk-batch">{_row_html(row)}</div>')
-    return "".join(parts)
+    return _row_title(row), "".join([*parts, f'<div class="ftk-batch">{_row_html(row)}</div>'])
 
 # %% ../nbs/00c9_rows.ipynb #browser
 PAGE = 5  # rows on a page
@@ -247,7 +246,8 @@ def _make(self: RowBrowser):
                      self._part("rows-notice"), self._make_pager(), widgets.HTML(legend), rows]
 
 # %% ../nbs/00c9_rows.ipynb #make-row-style
-ROW_STYLE = """<style>.ftk-slot{border-top:1px solid var(--jp-border-color2,rgba(128,128,128,.3));padding:4px 0;overflow:visible}.ftk-slot .widget-html{flex:1 1 auto}
+ROW_STYLE = """<style>.ftk-slot{border-top:1px solid var(--jp-border-color2,rgba(128,128,128,.3));padding:4px 0;overflow:visible}.ftk-panel .ftk-slot .widget-html{margin:0 2px 0 0;width:auto}.ftk-panel .ftk-slot .ftk-row .widget-html{flex:1 1 200px;font-weight:600}.ftk-panel .ftk-place{width:auto}
+.ftk-slot .ftk-batch>div{display:none}.ftk-panel .widget-checkbox{width:auto}.ftk-slot .ftk-chip{font-weight:400}.ftk-slot pre{box-sizing:border-box;max-width:100%}.ftk-slot .ftk-row{margin:0}
 .ftk-marked .ftk-batch,.ftk-marked .ftk-record{opacity:.55}.ftk-panel .ftk-record td:first-child{width:110px}
 .ftk-panel :is(input,textarea):focus-visible{outline:2px solid #0072b2;outline-offset:1px}
 .ftk-findings{max-height:250px;overflow:auto;border:1px solid var(--jp-border-color2,rgba(128,128,128,.3));border-radius:4px;padding:2px 8px;margin:4px 0}
@@ -476,8 +476,9 @@ def _fill(self: RowBrowser, slot: tuple, number: int | None):
         title.value = body.value = ""
         return
     marked, checks = number in self._marked, [finding.check for finding in self.findings if number in self._rows_of(finding)]
-    title.value = f"<b>row {number:,}</b>" + "".join(f' <span class="ftk-chip ftk-paused">{_says(check, 60)}</span>' for check in checks) + ' <span class="ftk-chip ftk-failed">marked for removal</span>' * marked
-    body.value = _row_page(number, self.rows[number], self.tokenizer, self.show.value, self._losses_of)
+    words, body.value = _row_page(number, self.rows[number], self.tokenizer, self.show.value, self._losses_of)
+    chips = [("paused", _says(check, 60)) for check in checks] + [("failed", "marked for removal")] * marked
+    title.value = html.escape(words) + "".join(f' <span class="ftk-chip ftk-{look}">{text}</span>' for look, text in chips)
     button.description, button.tooltip = ("Unmark", f"take the mark of row {number} away") if marked else ("Mark", f"mark row {number} for removal")
     (box.add_class if marked else box.remove_class)("ftk-marked")
 
