@@ -72,16 +72,20 @@ def _add_marks(path: Path, marks: list[dict], marked: bool) -> None:
             os.fsync(file.fileno())
     except OSError as error: raise FtkitError(f"{path}: the mark cannot be written: {error.strerror}") from None
 
+# %% ../nbs/00c9_rows.ipynb #row-keys
+def _row_keys(data: object, rows: list[int]) -> list[str]:
+    "The keys of these rows; a Dataset is read in one go."
+    return [row_key(record) for record in (data.select(rows) if hasattr(data, "select") else (data[row] for row in rows))]
+
 # %% ../nbs/00c9_rows.ipynb #marked-rows
-def _marked_rows(data: object, marks: Iterable[dict]) -> tuple[dict[int, dict], int]:
+def _marked_rows(data: object, marks: list[dict]) -> tuple[dict[int, dict], int]:
     "Rows that are marked, each with its mark, and how many marks fit no row."
-    found, moved = {}, []
-    for mark in marks:
-        in_place = 0 <= mark["row"] < len(data) and row_key(data[mark["row"]]) == mark["hash"]
-        if in_place: found[mark["row"]] = mark
-        else: moved.append(mark)
+    inside = [mark for mark in marks if 0 <= mark["row"] < len(data)]
+    keys = _row_keys(data, [mark["row"] for mark in inside])
+    found = {mark["row"]: mark for mark, key in zip(inside, keys) if mark["hash"] == key}
     waiting: dict[str, list[dict]] = {}
-    for mark in moved: waiting.setdefault(mark["hash"], []).append(mark)
+    for mark in marks:
+        if found.get(mark["row"]) is not mark: waiting.setdefault(mark["hash"], []).append(mark)
     for number, record in enumerate(data if waiting else ()):
         if number not in found and (here := waiting.get(row_key(record))): found[number] = here.pop(0)
     return found, sum(map(len, waiting.values()))
@@ -246,7 +250,7 @@ def _make(self: RowBrowser):
                      self._part("rows-notice"), self._make_pager(), widgets.HTML(legend), rows]
 
 # %% ../nbs/00c9_rows.ipynb #make-row-style
-ROW_STYLE = """<style>.ftk-slot{border-top:1px solid var(--jp-border-color2,rgba(128,128,128,.3));padding:4px 0;overflow:visible}.ftk-panel .ftk-slot .widget-html{margin:0 2px 0 0;width:auto}.ftk-panel .ftk-slot .ftk-row .widget-html{flex:1 1 200px;font-weight:600}.ftk-panel .ftk-place{width:auto}
+ROW_STYLE = """<style>.ftk-slot{border-top:1px solid var(--jp-border-color2,rgba(128,128,128,.3));padding:4px 0;overflow:visible}.ftk-panel .ftk-slot .widget-html{margin:0 2px 0 0;width:auto}.ftk-panel .ftk-slot .ftk-row .widget-html{flex:1 1 200px;font-weight:600}.ftk-panel .ftk-place{width:auto}.ftk-panel .ftk-row>.widget-html{align-self:center}
 .ftk-slot .ftk-batch>div{display:none}.ftk-panel .widget-checkbox{width:auto}.ftk-slot .ftk-chip{font-weight:400}.ftk-slot pre{box-sizing:border-box;max-width:100%}.ftk-slot .ftk-row{margin:0}
 .ftk-marked .ftk-batch,.ftk-marked .ftk-record{opacity:.55}.ftk-panel .ftk-record td:first-child{width:110px}
 .ftk-panel :is(input,textarea):focus-visible{outline:2px solid #0072b2;outline-offset:1px}
@@ -416,7 +420,7 @@ def _mark(self: RowBrowser, rows: Iterable[int], marked: bool):
     "Mark these rows, or take their marks away."
     self._read_marks()
     rows = [int(row) for row in rows if (row in self._marked) != marked]
-    marks = [self._marked[row] if not marked else dict(row=row, hash=row_key(self.rows[row])) for row in rows]
+    marks = [dict(row=row, hash=key) for row, key in zip(rows, _row_keys(self.rows, rows))] if marked else [self._marked[row] for row in rows]
     if self.path is not None and marks: _add_marks(self.path, marks, marked)
     if self.path is None: self._marks = [mark for mark in self._marks if mark not in marks] + marks * marked
 
@@ -433,7 +437,7 @@ def _jump(self: RowBrowser):
     if not (text.isdecimal() and text.isascii() and len(text) < 16 and int(text) < len(self.rows)): raise FtkitError(f"row {printable(text)[:30]!r} is not there; the rows are 0 to {len(self.rows) - 1:,}")
     place = np.flatnonzero(self.found == int(text))
     if not len(place): raise FtkitError(f"row {int(text):,} is not among the rows that the filter lets through; press Clear")
-    self.page = int(place[0]) // PAGE
+    self.page, self.jump.value = int(place[0]) // PAGE, ""
 
 # %% ../nbs/00c9_rows.ipynb #moving-clear
 @patch
