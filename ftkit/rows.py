@@ -22,7 +22,8 @@ import ipywidgets as widgets
 import numpy as np
 from fastcore.basics import patch
 
-from .data import BatchRow, FtkitError, _hash, _log, _row_html, _row_title, _shown_row, _STYLE, _visible, encode, encode_data, load_records, printable
+from .data import BatchRow, FtkitError, _hash, _log, _row_html, _row_title, _shown_row, _STYLE, _visible, encode, encode_data, plain_record, printable
+from .sources import load_data
 from .widgets import STYLE, Board, _hear_at_once, _on_enter, _row, _says
 
 # %% ../nbs/00c9_rows.ipynb #row-key
@@ -35,7 +36,7 @@ def row_key(
     record: dict,  # a record, or an encoded row
 ) -> str:  # 32 hexadecimal digits
     "By what a mark knows a row again, wherever it stands."
-    return _hash(_without_nulls(record), 0)[:32]
+    return _hash(_without_nulls(plain_record(record)), 0)[:32]
 
 # %% ../nbs/00c9_rows.ipynb #read-marks
 def _mark(line: bytes) -> tuple[tuple[int, str], bool] | None:
@@ -170,13 +171,17 @@ def _field_html(value: object, most: int = 3000) -> str:
     text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
     return html.escape(_visible(text[:most])) + (f" <b>… {len(text) - most:,} more characters</b>" if len(text) > most else "")
 
+# %% ../nbs/00c9_rows.ipynb #record-html-field-parts
+def _field_parts(name: str, value: object) -> list[tuple[str, object]]:
+    "A field, or each turn of a conversation by its role."
+    if not (isinstance(value, list) and value and all(isinstance(turn, dict) for turn in value)): return [(name, value)]
+    sayings = [(turn.get("role") or turn.get("from") or name, turn.get("content") if "content" in turn else turn.get("value")) for turn in value]
+    return [(f"{place} {who}", text if isinstance(text, str) else turn) for place, ((who, text), turn) in enumerate(zip(sayings, value))]
+
 # %% ../nbs/00c9_rows.ipynb #record-html-record-html
 def _record_html(record: dict) -> str:
     "The fields of a record; a conversation by its turns."
-    fields = [(key, value) for key, value in record.items() if value is not None]
-    turns = record.get("messages") if isinstance(record.get("messages"), list) else []
-    if turns and all(isinstance(turn, dict) for turn in turns):
-        fields = [(turn.get("role"), turn.get("content")) for turn in turns] + [pair for pair in fields if pair[0] != "messages"]
+    fields = [part for name, value in plain_record(record).items() for part in _field_parts(str(name), value)]
     cells = "".join(f"<tr><td>{html.escape(_visible(str(key)))[:200]}</td><td>{_field_html(value)}</td></tr>" for key, value in fields)
     return f'<table class="ftk-table ftk-record">{cells}</table>'
 
@@ -580,7 +585,7 @@ def _picture(self: RowBrowser) -> dict[str, str]:
 
 # %% ../nbs/00c9_rows.ipynb #browse
 def browse(
-    data: object,  # path of a file of records, a list of records or of encoded rows, or a datasets.Dataset of either
+    data: object,  # records or encoded rows (a list or a datasets.Dataset), or the path of a file of records
     tokenizer: object,  # the tokenizer that they are trained with
     report: object = None,  # of `diagnose`: its findings lead to their rows
     model: object = None,  # a causal language model, for the loss of each token and of each row
@@ -588,5 +593,5 @@ def browse(
 ) -> RowBrowser:  # shows itself at the end of a cell; `browser.data` is what is left after fixes and marks
     "Page through data as it is trained, filter it, mark rows for removal; no file but that of the marks is written. Raises FtkitError for a file that cannot be read."
     name = "the data"
-    if isinstance(data, (str, Path)): data, name, marks = load_records(data), Path(data).name, f"{data}.marks.jsonl" if marks is None else marks
+    if isinstance(data, (str, Path)): data, name, marks = load_data(data, quiet=True), Path(data).name, f"{data}.marks.jsonl" if marks is None else marks
     return RowBrowser(data, tokenizer, report, model, None if marks is None else Path(marks), name)

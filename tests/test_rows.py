@@ -6,9 +6,10 @@ import sys
 import pytest
 from datasets import Dataset
 
-from ftkit.data import encode_data, load_records, show_batch
+from ftkit.data import encode_data, show_batch
 from ftkit.models import tiny_model
 from ftkit.rows import browse, find_rows, read_marks, row_key, without_marked
+from ftkit.sources import load_data
 
 MARKER = """
 import sys
@@ -81,5 +82,5 @@ def test_no_file_but_the_marks_is_written(tmp_path):
     browser.find.value = "3"
     browser.mark_all.click()
     assert file.read_bytes() == before and [path.name for path in tmp_path.iterdir() if path != file] == ["data.jsonl.marks.jsonl"]
-    assert len(browser.data) == 7 and len(without_marked(load_records(file), tmp_path / "data.jsonl.marks.jsonl")) == 7
+    assert len(browser.data) == 7 and len(without_marked(load_data(file, quiet=True), tmp_path / "data.jsonl.marks.jsonl")) == 7
     browser.close()
