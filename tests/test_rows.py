@@ -1,0 +1,86 @@
+"""Marks that two processes make at once, and data of a size and a kind that no page could hold."""
+import json
+import subprocess
+import sys
+
+import pytest
+from datasets import Dataset
+
+from ftkit.data import encode_data, show_batch
+from ftkit.models import tiny_model
+from ftkit.rows import browse, find_rows, read_marks, row_key, without_marked
+from ftkit.sources import load_data
+
+MARKER = """
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from ftkit.rows import RowBrowser
+rows = [dict(input_ids=[number], labels=[number]) for number in range(400)]
+browser = RowBrowser(rows, SimpleNamespace(decode=lambda ids, **options: "x"), path=Path(sys.argv[1]))
+print("ready", flush=True)
+sys.stdin.readline()
+for number in range(int(sys.argv[2]), 400, 2): browser._mark([number], True)
+for number in range(int(sys.argv[2]), 400, 4): browser._mark([number], False)
+"""
+
+
+def test_two_processes_mark_at_once_and_no_mark_is_lost(tmp_path):
+    path = tmp_path / "marks.jsonl"
+    both = [subprocess.Popen([sys.executable, "-c", MARKER, path, str(first)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) for first in (0, 1)]
+    assert [process.stdout.readline() for process in both] == ["ready\n"] * 2
+    for process in both:
+        process.stdin.write("go\n")
+        process.stdin.flush()
+    for process in both:
+        process.communicate(timeout=120)
+        assert process.returncode == 0
+    rows = [dict(input_ids=[number], labels=[number]) for number in range(400)]
+    assert sorted(mark["row"] for mark in read_marks(path)) == [number for number in range(400) if number % 4 > 1]
+    assert [row["input_ids"][0] % 4 for row in without_marked(rows, path)] == [0, 1] * 100
+
+
+def test_two_browsers_of_one_kernel_see_each_other(tmp_path):
+    records = [dict(instruction=str(number), output="x") for number in range(9)]
+    tokenizer = tiny_model()[1]
+    one, other = (browse(form, tokenizer, marks=tmp_path / "marks.jsonl") for form in (records, Dataset.from_list(records)))
+    one.row_mark_0.click(), other.row_mark_1.click(), one.row_mark_2.click()
+    other.next.click()
+    assert sorted(one._marked) == sorted(other._marked) == [0, 1, 2]
+    other.previous.click(), other.row_mark_0.click(), one.next.click()
+    assert sorted(one._marked) == [1, 2] and len(one.data) == len(other.data) == 7
+    one.close(), other.close()
+
+
+@pytest.mark.parametrize("change", [lambda rows: rows[::-1], lambda rows: rows[1:], lambda rows: [dict(instruction="new", output="y"), *rows], lambda rows: [{**row, "extra": None} for row in rows]])
+def test_marks_find_their_rows_again(change):
+    records = [dict(instruction=str(number), output="x") for number in range(20)]
+    marks = [dict(row=number, hash=row_key(records[number])) for number in (3, 7)]
+    for form in (list, Dataset.from_list):
+        left = without_marked(form(change(records)), marks)
+        assert len(left) == len(change(records)) - 2 and not {"3", "7"} & {row["instruction"] for row in left}
+
+
+def test_of_two_equal_rows_one_is_marked():
+    twins = [dict(instruction="a", output="b")] * 3
+    assert len(without_marked(twins, [dict(row=1, hash=row_key(twins[0]))])) == 2
+
+
+def test_a_pattern_cannot_hang_and_a_row_of_many_tokens_is_no_page_of_many():
+    tokenizer = tiny_model()[1]
+    long = [dict(instruction="a" * 30_000 + "!", output="b")]
+    assert find_rows(long, r"^(a|aa)+$", regex=True) == [] and find_rows(long, r"(a*)*!", regex=True) == [0]
+    page = show_batch(encode_data(long, tokenizer, max_length=None), tokenizer)._repr_html_()
+    assert "tokens not shown" in page and page.count("<span") < 4100 and "<u>b</u>" in page
+
+
+def test_no_file_but_the_marks_is_written(tmp_path):
+    file = tmp_path / "data.jsonl"
+    file.write_text("".join(json.dumps(dict(instruction=str(number), output="x")) + "\n" for number in range(8)))
+    before = file.read_bytes()
+    browser = browse(file, tiny_model()[1])
+    browser.find.value = "3"
+    browser.mark_all.click()
+    assert file.read_bytes() == before and [path.name for path in tmp_path.iterdir() if path != file] == ["data.jsonl.marks.jsonl"]
+    assert len(browser.data) == 7 and len(without_marked(load_data(file, quiet=True), tmp_path / "data.jsonl.marks.jsonl")) == 7
+    browser.close()
