@@ -428,13 +428,17 @@ def _is_one_object(first: bytes) -> bool:
     return False   # a whole object, and a comma behind it
 
 # %% ../nbs/00_data.ipynb #file-items
+def _first_line(file: BinaryIO) -> bytes:
+    "The first line that is not blank, or as much of it as tells what the file is."
+    start = _read_some(file.readline, 2**16).removeprefix(codecs.BOM_UTF8)
+    while start and not start.strip(): start = _read_some(file.readline, 2**16)
+    return start.lstrip()
+
 def _file_items(path: Path) -> Iterator[tuple[int, str | bytes | _Unreadable]]:
     "Line and text of each record."
-    with _open_bytes(path) as file: first = next(_lines(file), None)
-    if first is None: return
-    begins = b"" if isinstance(first[1], _Unreadable) else first[1].lstrip()
-    if _is_one_object(begins): raise FtkitError("the file is one JSON object over several lines; a list of records, or one record a line, is needed")
-    with _open_bytes(path) as file: yield from _json_list(_text_pieces(file)) if begins.startswith(b"[") else _lines(file)
+    with _open_bytes(path) as file: first = _first_line(file)
+    if len(first) < 2**16 and _is_one_object(first): raise FtkitError("the file is one JSON object over several lines; a list of records, or one record a line, is needed")
+    with _open_bytes(path) as file: yield from _json_list(_text_pieces(file)) if first.startswith(b"[") else _lines(file)
 
 # %% ../nbs/00_data.ipynb #entries
 def _entries(source: object) -> tuple[str, Iterable[tuple[str, object]]]:

@@ -25,11 +25,11 @@ import torch
 from fastcore.basics import patch
 
 from .data import FtkitError, printable, to_messages
-from .lens import _nobody_trains
-from .lora import _misfit, _own_random_state, _read_config, _read_shapes, _same_name, _training_facts
-from .models import QUANTIZATIONS, _base, _check_weights, _quiet, _rewrites, base_difference, base_fingerprint, base_name, generate, load_model, stream
+from .lora import _misfit, _put_on, _read_config, _read_shapes, _same_name, _training_facts
+from .models import QUANTIZATIONS, _base, _check_weights, _rewrites, base_difference, base_fingerprint, base_name, generate, load_model, read_tokenizer, stream
 from .report import _as_text
 from .widgets import STYLE, Board, _hear_at_once, _on_enter, _row, _says
+from .lens import _nobody_trains
 
 # %% ../nbs/03_inference.ipynb #tuned-folder
 def _tuned_folder(folder: str | Path) -> Path:
@@ -112,34 +112,6 @@ def _check_base(model, places: dict[str, Path], any_base: bool):
         if difference:
             raise FtkitError(f"{about}: {difference}; say where the right one is, base=..., or load it all the same, any_base=True")
 
-# %% ../nbs/03_inference.ipynb #check-all-on
-def _check_all_on(model, name: str, place: Path):
-    "`FtkitError` unless the matrices of the file are those that the model now has."
-    from peft import get_peft_model_state_dict
-
-    there = {key for key in _read_shapes(place) if "lora_" in key}
-    here = {key for key in get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False) if "lora_" in key}
-    for odd, what in ((there - here, "in its file have no place by its adapter_config.json"), (here - there, "that its adapter_config.json names are not in its file")):
-        if odd:
-            raise FtkitError(f"{place}: {len(odd)} matrices {what}, first {printable(min(odd))[:200]}: copy or save the adapter again")
-
-# %% ../nbs/03_inference.ipynb #put-on
-def _put_on(model, name: str, place: Path):
-    "The model with one more adapter."
-    from peft import PeftModel
-
-    try:
-        with _own_random_state(0), warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message="Found missing adapter keys")  # told below, in one line
-            if hasattr(model, "peft_config"):
-                model.load_adapter(str(place), adapter_name=name)
-            else:
-                model = PeftModel.from_pretrained(model, str(place), adapter_name=name)
-    except (RuntimeError, ValueError, TypeError, KeyError) as error:
-        raise FtkitError(f"{place}: PEFT cannot load this adapter: {printable(error)[:300]}") from None
-    _check_all_on(model, name, place)
-    return model
-
 # %% ../nbs/03_inference.ipynb #put-on-all
 def _put_on_all(model, places: dict[str, Path]):
     from peft import LoraConfig
@@ -153,16 +125,15 @@ def _put_on_all(model, places: dict[str, Path]):
     return model.requires_grad_(False)
 
 # %% ../nbs/03_inference.ipynb #tokenizer-of
-def _read_tokenizer(place: Path):
+def _read_tokenizer(place: Path, trusted: str | None = None):
     "The tokenizer that belongs to these weights; None if none was saved."
-    from transformers import AutoTokenizer
-
     folder = next((one for one in (place, place.parent / "tokenizer") if (one / "tokenizer_config.json").is_file()), None)
     if folder is None:
         return None
     try:
-        with _quiet():
-            tokenizer = AutoTokenizer.from_pretrained(str(folder))
+        tokenizer = read_tokenizer(folder, trusted)
+    except FtkitError:
+        raise
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise FtkitError(f"{folder}: its tokenizer cannot be read: {printable(error)[:200]}") from None
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
@@ -186,7 +157,7 @@ def load_tuned(
     whole = next((place for place in places.values() if not _is_adapter(place)), None)
     if whole and (len(places) > 1 or base is not None):
         raise FtkitError(f"{whole} holds a whole model, not an adapter: load it alone, without base=")
-    own = _read_tokenizer(next(iter(places.values())))
+    own = _read_tokenizer(next(iter(places.values())), options.get("trust_remote_code"))
     if whole and own is None:
         raise FtkitError(f"{whole} holds a model without a tokenizer: save one there, tokenizer.save_pretrained(folder)")
     model, tokenizer = load_model(whole, **options) if whole else _load_base(places, base, options)
