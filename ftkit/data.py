@@ -22,6 +22,7 @@ from pathlib import Path
 # %% ../nbs/00_data.ipynb #error
 class FtkitError(ValueError):
     "Something the user can mend; the message is one line: what is wrong, where, what to do."
+    def __str__(self) -> str: return printable(super().__str__())
 
 # %% ../nbs/00_data.ipynb #printable
 def printable(
@@ -226,7 +227,7 @@ def load_records(
     if bad and rejected is not None: _keep_rejected(bad, rejected)
     first = f"; {len(bad)} left out, the first is {bad[0][0]}: {bad[0][1]}" if bad else ""
     if not records: raise FtkitError(f"{name}: no record in it{first}")
-    if bad: _log.warning(f"{name}: {len(records)} records{first}")
+    if bad: _log.warning(printable(f"{name}: {len(records)} records{first}"))
     return records
 
 # %% ../nbs/00_data.ipynb #hash
@@ -290,7 +291,7 @@ def _render(conversations: list[list[dict]], tokenizer: object, places: list[str
     options = _render_options(tokenizer) | {"add_generation_prompt": prompt}
     if not conversations: return []
     try: return tokenizer.apply_chat_template(conversations, **options)
-    except Exception: pass   # one of them is refused: find out which
+    except Exception: pass   # noqa: S110 one of them is refused: find out which
     texts = []
     for place, messages in zip(places, conversations):
         try: texts.append(tokenizer.apply_chat_template(messages, **options))
