@@ -28,6 +28,7 @@ from typing import BinaryIO
 # %% ../nbs/00_data.ipynb #error
 class FtkitError(ValueError):
     "Something the user can mend; the message is one line: what is wrong, where, what to do."
+    def __str__(self) -> str: return printable(super().__str__())
 
 # %% ../nbs/00_data.ipynb #printable
 def printable(
@@ -497,7 +498,7 @@ def load_records(
     if bad and rejected is not None: _keep_rejected((_reject(*one, Path(source).name if isinstance(source, (str, Path)) else None) for one in bad), rejected)
     first = f"; {len(bad)} left out, the first is {bad[0][0]}: {bad[0][1]}" if bad else ""
     if not records: raise FtkitError(f"{name}: no record in it{first}")
-    if bad: _log.warning(f"{name}: {len(records)} records{first}")
+    if bad: _log.warning(printable(f"{name}: {len(records)} records{first}"))
     return records
 
 # %% ../nbs/00_data.ipynb #hash
@@ -586,7 +587,7 @@ def _render_alike(conversations: list[list[dict]], tools: list[dict] | None, tok
     options = _render_options(tokenizer) | {"add_generation_prompt": prompt, "tools": tools}
     if tools: conversations = [[{key: value for key, value in message.items() if key != "tools"} for message in messages] for messages in conversations]
     try: return tokenizer.apply_chat_template(conversations, **options)
-    except Exception: pass   # one of them is refused: find out which
+    except Exception: pass   # noqa: S110 one of them is refused: find out which
     texts = []
     for place, messages in zip(places, conversations):
         try: texts.append(tokenizer.apply_chat_template(messages, **options))

@@ -748,13 +748,13 @@ def _verdict(c: Certificate) -> str:
 # %% ../nbs/08_export.ipynb #certificate-text
 @patch
 def __repr__(self: Certificate):
-    return "\n".join([_verdict(self), *(f"  {name:<22}{text}" for name, text in _lines(self).items()), *(f"  note: {note}" for note in self.notes)])
+    return "\n".join([printable(_verdict(self)), *(f"  {name:<22}{printable(text)}" for name, text in _lines(self).items()), *(f"  note: {printable(note)}" for note in self.notes)])
 
 # %% ../nbs/08_export.ipynb #certificate-html
 @patch
 def _repr_html_(self: Certificate):
-    rows = "".join(f"<tr><th style='text-align:left'>{html.escape(name)}</th><td style='text-align:left'>{html.escape(text)}</td></tr>" for name, text in _lines(self).items())
-    return f"<p><b>{html.escape(_verdict(self))}</b></p><table>{rows}</table>" + "".join(f"<p>{html.escape(note)}</p>" for note in self.notes)
+    rows = "".join(f"<tr><th style='text-align:left'>{html.escape(name)}</th><td style='text-align:left'>{html.escape(printable(text))}</td></tr>" for name, text in _lines(self).items())
+    return f"<p><b>{html.escape(printable(_verdict(self)))}</b></p><table>{rows}</table>" + "".join(f"<p>{html.escape(printable(note))}</p>" for note in self.notes)
 
 # %% ../nbs/08_export.ipynb #reference
 @dataclass

@@ -454,7 +454,7 @@ def _token_html(text, trained: bool, loss, before, mode: str) -> str:
 def _legend(mode: str, step: int, since) -> str:
     ramp = lambda left, right: f'<i class="ftk-ramp" style="background:linear-gradient(90deg,rgba({left}),rgba({right}))"></i>'
     if mode == "trained": return "underlined: trained"
-    if mode == "change": return f"since step {since}: better {ramp(BETTER + ',.75', BETTER + ',0')}{ramp(WRONG + ',0', WRONG + ',.75')} worse"
+    if mode == "change": return f"since step {_says(since, 20)}: better {ramp(BETTER + ',.75', BETTER + ',0')}{ramp(WRONG + ',0', WRONG + ',.75')} worse"
     return f"loss 0 {ramp(WRONG + ',0', WRONG + ',.75')} 4 and more"
 
 # %% ../nbs/04_live.ipynb #lens-html
@@ -538,10 +538,10 @@ class Panel(Board):
 @patch
 def _look_at(self: Panel, run):
     "Take a run, or a folder, as what is shown and steered."
-    self.run, folder = (run, run.folder) if isinstance(run, Run) else (None, Path(run))
+    own, folder = (run, run.folder) if isinstance(run, Run) else (None, Path(run))
     if not any((folder / name).is_file() for name in ("config.yaml", "journal.jsonl")): raise FtkitError(f"{folder} is not the folder of a run: it has neither config.yaml nor journal.jsonl")
     check_links(folder)
-    self.view, self.config = RunView(folder), _read_config(folder)
+    self.run, self.view, self.config = own, RunView(folder), _read_config(folder)
     self.overlaid = _ancestors(folder, self.config)
     self.view.poll()
 
@@ -855,7 +855,7 @@ def chat_html(
     paused: bool,  # whether the run is
 ) -> str:
     "A conversation, its end in sight."
-    who = lambda turn: "you" if turn["role"] == "user" else {"now": "the model", "base": "the base"}.get(turn["at"], f"step {turn['at']}")
+    who = lambda turn: "you" if turn["role"] == "user" else {"now": "the model", "base": "the base"}.get(turn["at"], f"step {_says(turn['at'], 20)}")
     said = lambda turn: _says(turn["content"]) or (f"(refused: {_says(turn['refused'], 300)})" if turn.get("refused") else "…")
     rows = [f'<div class="ftk-turn{" ftk-model" * (turn["role"] != "user")}"><small>{who(turn)}</small><br>{said(turn)}</div>' for turn in turns]
     hint = "" if paused else '<div class="ftk-muted">Answers come at the next edge of the training loop; pause the run to talk at leisure.</div>'

@@ -112,7 +112,7 @@ def _what_it_is(facts: dict) -> str:
 def _sections(facts: dict) -> list[str]:
     "What is known, each under its heading."
     values = lambda fact: _table({name: {"value": value} for name, value in facts[fact].items()})
-    parts = ["", f"![Loss of each step and on held-out rows; learning rate below]({facts['picture']})"] if re.fullmatch(r"[\w.-]+", facts.get("picture") or "") else []
+    parts = ["", f"![Loss of each step and on held-out rows; learning rate below]({facts['picture']})"] if re.fullmatch(r"[\w-]+\.(png|svg|jpg)", facts.get("picture") or "") else []
     if facts.get("data"): parts += ["", "## Data", "", f"Data: {_as_text(facts['data'], 2000)}"]
     if facts.get("trained"): parts += ["", "## Training", "", *values("trained")]
     if facts.get("settings"): parts += ["", "## Settings", "", *values("settings")]

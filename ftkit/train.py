@@ -1027,7 +1027,7 @@ def say(
     if self._steered_in_notebook: self.journal.write("note", step=self.step, tokens=self.tokens, text=text)
     if self.quiet or self._steered_in_notebook: return
     from tqdm import tqdm
-    tqdm.write(text)
+    tqdm.write(redacted(printable(text)))
 
 # %% ../nbs/00c_train.ipynb #make-folder
 def _check_name(name: str):
@@ -2668,7 +2668,7 @@ class _Bar:
 
     def _page(self, step, text):
         import html
-        line = f"{self.name}: step {step} of {self.total}  {text}"
+        line = printable(f"{self.name}: step {step} of {self.total}  {text}")
         bar = f'<progress max="{self.total}" value="{step}" aria-label="training progress"></progress> '
         return {"text/plain": line, "text/html": bar + html.escape(line)}
 
