@@ -48,6 +48,7 @@ from .control import Control, Journal, RemoteControl, confirmation, read_journal
 from .core import cache_dir, pick_device, pick_dtype, require, write_atomic
 from .data import FtkitError, collate, encode_data, encode_prompt, fingerprint, load_records, printable
 from .lens import lens
+from .lock import hold_run
 from .loss import LossPlan, compile_layers, loss_plan, loss_sum, trained_tokens, uncompile_layers
 from .models import _base, _is_rewritten, base_fingerprint, base_name, generate, load_model, quantization
 from .preflight import FINDINGS, preflight
@@ -877,7 +878,7 @@ def _attach(self: Run, folder: Path):
     self.held_learning_rate = self.learning_rate = self.scheduled_learning_rate = self._changed = self._new_options = self._old_options = None
     self._rate_given, self._new_rate = None, False  # when a rate was given at a resume; whether it is not yet trained with
     self._id, self._ids, self._published, self._sound = uuid4().hex, set(), set(), None  # of this run; whose checkpoints are its own; of its journal; the last one known to be whole
-    self._changes = None  # what is not what it was, where the run was opened
+    self._lock, self._changes = None, None  # what is not what it was, where the run was opened
     self.seconds, self._began, self._counted, self._bar, self._last = 0.0, 0.0, (0, 0.0), None, {}
     self._ring, self._disk, self._rewind_to, self._script, self._answers, self._trouble = _Ring(), _Pace(), None, {}, {}, None
     self._thread = self._worker = self._error = self._marked = None  # worker: the thread that trains
@@ -1407,6 +1408,7 @@ def _edge(self: Run, between_micro_batches: bool = False) -> bool:
 # %% ../nbs/00c_train.ipynb #prepare-edge
 @patch
 def _prepare_edge(self: Run):
+    self._check_lock()
     if self._steered and self.step and not self._trouble:
         self._ring._take(self.trainer)
         self._keep_on_disk()
@@ -1675,7 +1677,7 @@ def _mark(self: Run):
 @patch
 def _save_newest(self: Run):
     "The state after the last whole step as a checkpoint."
-    if self._marked is None or _is_gone(self.folder): return
+    if self._marked is None or _is_gone(self.folder) or self._lock and self._lock.lost: return
     random, self.tokens, self.trained = self._marked
     set_rng_state(random)
     self.trainer._save_checkpoint(self.trainer.model)
@@ -1738,14 +1740,17 @@ def _interruptible(self: Run):
 @patch
 @contextlib.contextmanager
 def _locked(self: Run):
-    import filelock
-    lock = filelock.FileLock(self.folder / ".lock")
-    try: lock.acquire(timeout=0)
-    except filelock.Timeout:
-        mine = [e.get("process") for e in self.history if e["what"] in ("start", "resume")][-1:] == [os.getpid()]
-        raise FtkitError(f"{self.folder} is being trained by another {'Run object of this process' if mine else 'process'} already; steer it with: ftkit steer {self.folder} pause") from None
-    try: yield
-    finally: lock.release()
+    with hold_run(self.folder) as self._lock:
+        if self._lock.taken:
+            self.journal.write("taken_over", step=self.step, tokens=self.tokens, text=self._lock.taken)
+            self.say(f"{self.folder} was left by {self._lock.taken}; taken over")
+        try: yield
+        finally: self._lock = None
+
+
+@patch
+def _check_lock(self: Run):
+    if self._lock is not None and self._lock.lost: raise FtkitError(f"{self.folder} was taken over by {self._lock.lost}, so it ends here and nothing more is saved")
 
 # %% ../nbs/00c_train.ipynb #beside-others
 def _card(device: torch.device) -> str:
