@@ -527,7 +527,7 @@ def _step_of(folder: Path) -> int: return int(folder.name.split("-")[-1])
 @patch
 def _rotate(self: Trainer, newest: Path):
     "Delete the checkpoints of this run's journal that are over the number to keep."
-    own = [path for path in checkpoints(newest.parent) if path.name in self.run._published]
+    own = [path for path in checkpoints(newest.parent) if path.name in self.run._published and not _foreign(path, self.run._ids, set())]
     spared = {newest.name, f"checkpoint-{self.run.origin}", self._best_checkpoint(), Path(self.state.best_model_checkpoint or "").name}
     old = [path for path in own[:-self._checkpoints_kept(newest)] if path.name not in spared]
     try:
