@@ -243,23 +243,31 @@ def taken_up(case: dict, folder: Path) -> dict:
 
 # ---- the sweep
 
+def prepare(case: dict, place: Path) -> dict:
+    "Make a run that stands where it is to be hurt; what a continuation that nothing hurts does, and the weights at the end of one."
+    whole = {**case, "control": None}
+    weights = WORKS[case["what"]][0](whole, place)
+    files = [] if case["what"] == "export" else [["file", path.name] for path in newest_files(place / "begun")]
+    copy = shutil.copytree(place / "begun", place / "count")
+    return dict(begun=str(place / "begun"), weights=weights, files=files, **hurt(whole, copy, 0, None))
+
+
 def prepared(cases: list[dict], folder: Path) -> dict:
-    "For each case: the folder of the run begun, the weights of the whole one, and the calls of a continuation that nothing hurts."
-    ready = {}
+    "What `prepare` says of each case, as many at a time as there are cores."
+    reports, running = {}, set()
     for number, case in enumerate(cases):
-        place, report = folder / f"case-{number}", folder / f"case-{number}.json"
+        place = folder / f"case-{number}"
         place.mkdir()
-        os.waitpid(in_child(lambda: dict(weights=WORKS[case["what"]][0]({**case, "control": None}, place)), report), 0)
-        facts = json.loads(report.read_text())
+        reports[json.dumps(case, sort_keys=True)] = place.with_suffix(".json")
+        running.add(in_child(partial(prepare, case, place), place.with_suffix(".json")))
+        while len(running) >= (os.cpu_count() or 1):
+            running.discard(os.wait()[0])
+    while running:
+        running.discard(os.wait()[0])
+    ready = {case: json.loads(report.read_text()) for case, report in reports.items()}
+    for case, facts in ready.items():
         if "error" in facts:
             raise SystemExit(f"{case}: {facts['trace']}")
-        copy = shutil.copytree(place / "begun", place / "count")
-        os.waitpid(in_child(lambda: hurt({**case, "control": None}, copy, 0, None), report), 0)
-        calls = json.loads(report.read_text())
-        if "error" in calls:
-            raise SystemExit(f"{case}: {calls['trace']}")
-        files = [] if case["what"] == "export" else [["file", path.name] for path in newest_files(place / "begun")]
-        ready[json.dumps(case, sort_keys=True)] = dict(begun=place / "begun", weights=facts["weights"], calls=calls["calls"], files=files)
     return ready
 
 
@@ -302,11 +310,11 @@ class Points:
 
 def main(folder: Path, tasks: list[dict]) -> dict:
     tasks = [{**task, "case": {**CASE, **task["case"]}} for task in tasks]
-    made = prepared([json.loads(text) for text in dict.fromkeys(json.dumps(task["case"], sort_keys=True) for task in tasks)], folder)
+    ready = prepared([json.loads(text) for text in dict.fromkeys(json.dumps(task["case"], sort_keys=True) for task in tasks)], folder)
     gc.collect(), gc.freeze()  # what is here already need not be looked through by every child
     points = Points(folder)
     for task in tasks:
-        facts = made[json.dumps(task["case"], sort_keys=True)]
+        facts = ready[json.dumps(task["case"], sort_keys=True)]
         places = facts["files"] if task["act"] in DAMAGE else facts["calls"]
         for at in range(task.get("first", 1), len(places) + 1, task.get("every", 1)):
             points.add(dict(case=task["case"], act=task["act"], at=at, call=places[at - 1], begun=facts["begun"], wanted=facts["weights"]))

@@ -115,7 +115,7 @@ def test_nothing_is_deleted_for_a_checkpoint_that_is_not_whole(tmp_path, monkeyp
     def torn(path, write):
         real(path, write)
         if path.name == "checkpoint-3":
-            os.truncate(path / "ftkit.json", 5)
+            os.truncate(path / "rng.json", 5)
 
     monkeypatch.setattr(train, "write_folder", torn)
     run = new_run(tmp_path, quiet=False, callbacks=(At(3, stop),)).fit()
