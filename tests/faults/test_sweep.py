@@ -140,5 +140,3 @@ def test_the_table_of_saves(points, table_row):
         table_row("saving", fault.format(SAVING), told_here(here), told_plain(of(points, "plain", (act,))), len(here))
     exports = of(points, "export")
     table_row("saving", "the process ends, the power goes or the disk is full at any call of an export", f"{sum(problem(p) is None for p in exports)} of {len(exports)} leave a whole export or none; made again, it is the same", None, len(exports))
-    broken = of(points, control="no cursor") + of(points, control="no check")
-    table_row("control", "ftkit with its place in the data, or its flushing and checking, taken out (the tests must see it)", f"{sum(map(is_lost, broken))} of {len(broken)} are wrong", None, len(broken))
