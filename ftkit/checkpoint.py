@@ -209,10 +209,10 @@ def newest_checkpoint(
         reasons.append(f"{path.name} passed over: {problems[0]}{more}")
     return None, reasons
 
-# %% ../nbs/00c3_checkpoint.ipynb #set-aside
+# %% ../nbs/00c3_checkpoint.ipynb #set-aside-name
 SET_ASIDE = "set-aside"
 
-
+# %% ../nbs/00c3_checkpoint.ipynb #set-aside
 def set_aside(
     path: str | Path,  # a folder, or a link, that must not be used and stands in the way
 ) -> Path:  # where it is now

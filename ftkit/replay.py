@@ -247,7 +247,7 @@ def replay(
     new = _make_folder(folder.parent, name or f"{folder.name}-replay")
     _copy_parts(folder, new, parts, name=new.name, options=options, replay_of=folder.name, rows_per_step=_first_batch(folder))
     for begin, end in pairwise([*sorted({line.start, *line.options}), line.end]):
-        run = Run.open(new, model, tokenizer, quiet=quiet, data=source, **line.options.get(begin, {}))
+        run = Run.open(new, model, tokenizer, quiet=quiet, allow="versions", data=source, **line.options.get(begin, {}))
         run._script = line._between(begin, end)
         model, tokenizer = run.fit().model, run.tokenizer
         if run.step != end: raise FtkitError(f"the replay {new} was {run.state} at step {run.step}, not {end}")
@@ -276,6 +276,7 @@ def _write_beginning(run: Run, folder: Path):
     "The first state of a run that has none."
     twin, random, training = copy.copy(run), rng_state(), run.model.training
     twin._attach(folder)
+    twin._id = _read_config(folder).get("id")
     twin.quiet, twin.callbacks = True, []
     try: twin._write_first_checkpoint()
     finally:
@@ -304,7 +305,7 @@ def _rehearse(run: Run | Path, place: Path, folder: Path, model) -> int:
 
 # %% ../nbs/00d_replay.ipynb #part
 def _part(folder: str, end: int, model=None, tokenizer=None) -> Run:
-    run = Run.open(folder, model, tokenizer, quiet=True)
+    run = Run.open(folder, model, tokenizer, quiet=True, allow="versions")
     run._script = {end: [("stop", None)]}
     count, path = run._count, Path(folder) / "batches.jsonl"
     def counted(batch):

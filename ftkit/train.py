@@ -54,6 +54,7 @@ from .preflight import FINDINGS, preflight
 from .report import write_model_card
 from .untrusted import check_links, code_in, redacted
 from .batches import ORDERS, StepRows, StepSampler, collate_rows, freeze_rows, makes_rows, plan_steps
+from .lock import hold_run
 
 # %% ../nbs/00c_train.ipynb #exported-imports-trouble
 from .trouble import GRACE, PatientJournal, Watch, give_memory_back, halved, hearing, is_out_of_memory, name_rows, on_termination, stacks
@@ -552,7 +553,7 @@ def _step_of(folder: Path) -> int: return int(folder.name.split("-")[-1])
 @patch
 def _rotate(self: Trainer, newest: Path):
     "Delete the checkpoints of this run's journal that are over the number to keep."
-    own = [path for path in checkpoints(newest.parent) if path.name in self.run._published]
+    own = [path for path in checkpoints(newest.parent) if path.name in self.run._published and not _foreign(path, self.run._ids, set())]
     spared = {newest.name, f"checkpoint-{self.run.origin}", self._best_checkpoint(), Path(self.state.best_model_checkpoint or "").name}
     old = [path for path in own[:-self._checkpoints_kept(newest)] if path.name not in spared]
     try:
@@ -984,7 +985,7 @@ def _attach(self: Run, folder: Path):
     self.held_learning_rate = self.learning_rate = self.scheduled_learning_rate = self._changed = self._new_options = self._old_options = None
     self._rate_given, self._new_rate = None, False  # when a rate was given at a resume; whether it is not yet trained with
     self._id, self._ids, self._published, self._sound = uuid4().hex, set(), set(), None  # of this run; whose checkpoints are its own; of its journal; the last one known to be whole
-    self._changes = None  # what is not what it was, where the run was opened
+    self._lock, self._changes = None, None  # what is not what it was, where the run was opened
     self.seconds, self._began, self._counted, self._bar, self._last = 0.0, 0.0, (0, 0.0), None, {}
     self._ring, self._disk, self._rewind_to, self._script, self._answers, self._trouble = _Ring(), _Pace(), None, {}, {}, None
     self._thread = self._worker = self._error = self._marked = None  # worker: the thread that trains
@@ -1524,6 +1525,7 @@ def _edge(self: Run, between_micro_batches: bool = False) -> bool:
 # %% ../nbs/00c_train.ipynb #prepare-edge
 @patch
 def _prepare_edge(self: Run):
+    self._check_lock()
     if self._steered and self.step and not self._trouble:
         self._ring._take(self.trainer)
         self._keep_on_disk()
@@ -1806,7 +1808,7 @@ def _mark(self: Run):
 @patch
 def _save_newest(self: Run):
     "The state after the last whole step as a checkpoint."
-    if self._marked is None or _is_gone(self.folder): return  # else nothing is whole, or there is no place
+    if self._marked is None or _is_gone(self.folder) or self._lock and self._lock.lost: return
     random, self.tokens, self.trained = self._marked
     set_rng_state(random)
     self.trainer._save_checkpoint(self.trainer.model)
@@ -2118,14 +2120,17 @@ def _tell_hang(self: Run, waited: float, usual: float):
 @patch
 @contextlib.contextmanager
 def _locked(self: Run):
-    import filelock
-    lock = filelock.FileLock(self.folder / ".lock")
-    try: lock.acquire(timeout=0)
-    except filelock.Timeout:
-        mine = [e.get("process") for e in self.history if e["what"] in ("start", "resume")][-1:] == [os.getpid()]
-        raise FtkitError(f"{self.folder} is being trained by another {'Run object of this process' if mine else 'process'} already; steer it with: ftkit steer {self.folder} pause") from None
-    try: yield
-    finally: lock.release()
+    with hold_run(self.folder) as self._lock:
+        if self._lock.taken:
+            self.journal.write("taken_over", step=self.step, tokens=self.tokens, text=self._lock.taken)
+            self.say(f"{self.folder} was left by {self._lock.taken}; taken over")
+        try: yield
+        finally: self._lock = None
+
+
+@patch
+def _check_lock(self: Run):
+    if self._lock is not None and self._lock.lost: raise FtkitError(f"{self.folder} was taken over by {self._lock.lost}, so it ends here and nothing more is saved")
 
 # %% ../nbs/00c_train.ipynb #beside-others
 def _card(device: torch.device) -> str:
@@ -2355,17 +2360,15 @@ def open(
     _check_further(folder, config, _step_of(checkpoint), options)
     if tokenizer is None: tokenizer = _read_tokenizer(folder)
     model = _model_of(folder, config, checkpoint, model, options)
-    rows, held_out, prompts = _read_data(folder, config)
-    changes = _compare(folder, allow, config, checkpoint, model, tokenizer, rows, held_out)
     run = cls.__new__(cls)
-    run.source = _source_again(folder, config, data)
-    run._take_in(model, tokenizer, rows, held_out, prompts, config["allow"], config["compile"], callbacks, quiet, {**config["options"], **options})
+    run.source, (data, held_out, prompts) = _source_again(folder, config, data), _read_data(folder, config)
+    changes = _compare(folder, allow, config, checkpoint, model, tokenizer, data, held_out)
+    run._take_in(model, tokenizer, data, held_out, prompts, config["allow"], config["compile"], callbacks, quiet, {**config["options"], **options})
     run._attach(folder)
     run._check_model()
     with run._model_lock: load_weights(model, checkpoint), run._hold_model()
     run.step, run.origin = _step_of(checkpoint), config.get("parent", {}).get("step", 0)
     run._note_changes(config, options, changes)
-    if (damaged := damaged_lines(folder)): run.say(f"passed over: {damaged[0]}" + (f" and {len(damaged) - 1} more" if len(damaged) > 1 else ""))
     return run
 
 # %% ../nbs/00c_train.ipynb #changes
@@ -2467,8 +2470,7 @@ def _model_of(folder: Path, config: dict, checkpoint: Path, model, options: dict
 # %% ../nbs/00c_train.ipynb #note-changes
 @patch
 def _note_changes(self: Run, config: dict, options: dict, changes: "_Changes"):
-    self._keep_attention(config)
-    self._keep_batch(config, options)
+    self._keep_attention(config), self._keep_batch(config, options)
     self._id, self._ids = config.get("id"), _ids_of(config)
     before, self._new_rate = config["options"], "learning_rate" in options
     self._rate_given = utc_now() if self._new_rate else config.get("rate_given")

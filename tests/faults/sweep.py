@@ -39,7 +39,8 @@ RECORDS = [dict(instruction="Say it backwards.", input=word, output=word[::-1]) 
 # what: train a run of ftkit; export one; or plain, the same training by transformers' own Trainer
 # method: lora or full; accumulation: micro-batches of a step; workers: of the loader; rows: of the data, 2 to a micro-batch;
 # stops: where the run was stopped and taken up before the fault; options: more for Run; control: what is broken on purpose
-CASE = dict(what="train", method="lora", accumulation=1, workers=0, rows=12, stops=[2], options={}, control=None)
+# data: records, or drawn: a dataset that makes its rows when they are fetched, no two alike, as one that streams and augments them does
+CASE = dict(what="train", data="records", method="lora", accumulation=1, workers=0, rows=12, stops=[2], options={}, control=None)
 
 
 def model_of(case: dict):
@@ -53,22 +54,39 @@ def model_of(case: dict):
 
 def options_of(case: dict) -> dict:
     "Dropout or noise, so that the random states matter; a held-out loss, so that there is a best."
-    more = dict(neftune_noise_alpha=5.0) if case["method"] == "full" else {}
+    more = dict(neftune_noise_alpha=5.0) if case["method"] == "full" and not case["options"].get("packing") else {}
     return dict(
         max_steps=TOTAL, per_device_train_batch_size=2, gradient_accumulation_steps=case["accumulation"], dataloader_num_workers=case["workers"],
         learning_rate=3e-3, save_steps=2, eval_steps=4, save_total_limit=2, seed=3, quiet=True, **more, **case["options"],
     )
 
 
+class Drawing(torch.utils.data.Dataset):
+    "Rows that begin with a token drawn at each fetch, from torch's own random state."
+
+    def __init__(self, tokenizer, rows: int):
+        self.rows = encode_data(RECORDS[:rows], tokenizer, 256)
+
+    def __len__(self):
+        return len(self.rows)
+
+    def __getitem__(self, number):
+        row = self.rows[number]
+        return dict(input_ids=[int(torch.randint(3, 200, ()))] + row["input_ids"], labels=[-100] + row["labels"])
+
+
+def made(case: dict, folder: Path, name: str, *callbacks) -> Run:
+    model, tokenizer = model_of(case)
+    data = Drawing(tokenizer, case["rows"]) if case["data"] == "drawn" else RECORDS[: case["rows"]]
+    return Run(model, tokenizer, data, RECORDS[-2:], root=folder, name=name, prompts=[], callbacks=callbacks, **options_of(case))
+
+
 def begin(case: dict, folder: Path) -> str:
     "A run stopped at the last of `stops`; and the weights at the end of one that never was."
-    model, tokenizer = model_of(case)
-    data = (model, tokenizer, RECORDS[: case["rows"]], RECORDS[-2:])
-    whole = Run(*data, root=folder, name="whole", prompts=[], **options_of(case)).fit()
-    model, tokenizer = model_of(case)
-    Run(model, tokenizer, *data[2:], root=folder, name="begun", prompts=[], callbacks=(Stop(case["stops"][0]),), **options_of(case)).fit()
+    whole = made(case, folder, "whole").fit()
+    made(case, folder, "begun", Stop(case["stops"][0])).fit()
     for step in case["stops"][1:]:
-        Run.open(folder / "begun", *base_of(case), callbacks=(Stop(step),), quiet=True).fit()
+        opened(case, folder / "begun", Stop(step)).fit()
     return weights_hash(whole.model)
 
 
@@ -87,28 +105,34 @@ def base_of(case: dict):
 
 
 def go_on(case: dict, folder: Path) -> Run:
-    more = dict(ignore_data_skip=True) if case["control"] == "no cursor" else {}
+    if case["control"] == "no cursor":  # as if each resume began an epoch
+        ftkit.train.Trainer._init_training_state = lambda self, *args: (super(ftkit.train.Trainer, self)._init_training_state(*args)[0], 0)
     if case["control"] == "no check":  # neither flushed nor verified
         ftkit.checkpoint._sync = lambda path: None
         ftkit.checkpoint._file_problem = lambda path, expected: None
         ftkit.checkpoint._read_manifest = lambda folder: {}
         ftkit.train.verify_folder = ftkit.checkpoint.verify_folder = lambda path: []
-    return Run.open(folder, *base_of(case), quiet=True, **more).fit()
+    return opened(case, folder).fit()
+
+
+def opened(case: dict, folder: Path, *callbacks) -> Run:
+    model, tokenizer = base_of(case)
+    live = dict(data=Drawing(tokenizer, case["rows"])) if case["data"] == "drawn" else {}
+    return Run.open(folder, model, tokenizer, callbacks=callbacks, quiet=True, **live)
 
 
 # ---- what is done to whom
 
 def begin_export(case: dict, folder: Path) -> str:
     (folder / "begun").mkdir()
-    base, tokenizer = model_of(case)
-    Run(base, tokenizer, RECORDS[: case["rows"]], RECORDS[-2:], root=folder / "begun", name="run", prompts=[], **options_of(case)).fit()
+    made(case, folder / "begun", "run").fit()
     shutil.copytree(folder / "begun", folder / "unhurt")
     hurt_export(case, folder / "unhurt")
     return export_sum(folder / "unhurt")
 
 
 def hurt_export(case: dict, folder: Path):
-    export(Run.open(folder / "run", *base_of(case), quiet=True), folder / "out")
+    export(opened(case, folder / "run"), folder / "out")
 
 
 def export_sum(folder: Path) -> str:
@@ -219,24 +243,32 @@ def taken_up(case: dict, folder: Path) -> dict:
 
 # ---- the sweep
 
+def prepare(case: dict, place: Path) -> dict:
+    "Make a run that stands where it is to be hurt; what a continuation that nothing hurts does, and the weights at the end of one."
+    whole = {**case, "control": None}
+    weights = WORKS[case["what"]][0](whole, place)
+    files = [] if case["what"] == "export" else [["file", path.name] for path in newest_files(place / "begun")]
+    copy = shutil.copytree(place / "begun", place / "count")
+    return dict(begun=str(place / "begun"), weights=weights, files=files, **hurt(whole, copy, 0, None))
+
+
 def prepared(cases: list[dict], folder: Path) -> dict:
-    "For each case: the folder of the run begun, the weights of the whole one, and the calls of a continuation that nothing hurts."
-    made = {}
+    "What `prepare` says of each case, as many at a time as there are cores."
+    reports, running = {}, set()
     for number, case in enumerate(cases):
-        place, report = folder / f"case-{number}", folder / f"case-{number}.json"
+        place = folder / f"case-{number}"
         place.mkdir()
-        os.waitpid(in_child(lambda: dict(weights=WORKS[case["what"]][0]({**case, "control": None}, place)), report), 0)
-        facts = json.loads(report.read_text())
+        reports[json.dumps(case, sort_keys=True)] = place.with_suffix(".json")
+        running.add(in_child(partial(prepare, case, place), place.with_suffix(".json")))
+        while len(running) >= (os.cpu_count() or 1):
+            running.discard(os.wait()[0])
+    while running:
+        running.discard(os.wait()[0])
+    ready = {case: json.loads(report.read_text()) for case, report in reports.items()}
+    for case, facts in ready.items():
         if "error" in facts:
             raise SystemExit(f"{case}: {facts['trace']}")
-        copy = shutil.copytree(place / "begun", place / "count")
-        os.waitpid(in_child(lambda: hurt({**case, "control": None}, copy, 0, None), report), 0)
-        calls = json.loads(report.read_text())
-        if "error" in calls:
-            raise SystemExit(f"{case}: {calls['trace']}")
-        files = [] if case["what"] == "export" else [["file", path.name] for path in newest_files(place / "begun")]
-        made[json.dumps(case, sort_keys=True)] = dict(begun=place / "begun", weights=facts["weights"], calls=calls["calls"], files=files)
-    return made
+    return ready
 
 
 class Points:
@@ -278,11 +310,11 @@ class Points:
 
 def main(folder: Path, tasks: list[dict]) -> dict:
     tasks = [{**task, "case": {**CASE, **task["case"]}} for task in tasks]
-    made = prepared([json.loads(text) for text in dict.fromkeys(json.dumps(task["case"], sort_keys=True) for task in tasks)], folder)
+    ready = prepared([json.loads(text) for text in dict.fromkeys(json.dumps(task["case"], sort_keys=True) for task in tasks)], folder)
     gc.collect(), gc.freeze()  # what is here already need not be looked through by every child
     points = Points(folder)
     for task in tasks:
-        facts = made[json.dumps(task["case"], sort_keys=True)]
+        facts = ready[json.dumps(task["case"], sort_keys=True)]
         places = facts["files"] if task["act"] in DAMAGE else facts["calls"]
         for at in range(task.get("first", 1), len(places) + 1, task.get("every", 1)):
             points.add(dict(case=task["case"], act=task["act"], at=at, call=places[at - 1], begun=facts["begun"], wanted=facts["weights"]))

@@ -1,6 +1,6 @@
 """The table of faults: what a test saw ftkit do, and what it saw plain `transformers.Trainer` do.
 
-A test states a row through the fixture `table_row` (see conftest.py). With `FTKIT_FAULT_TABLE=1` in the environment, rows of
+A test states a row through the fixture `table_row` (see conftest.py). With `FTKIT_FAULT_TABLE=1` in the environment (`=all` for every fault point), rows of
 the tests that passed are put into `table.json` beside this file, in place of the rows with the same fault; `nbs/tutorials/faults.ipynb` shows it.
 The one command: `FTKIT_FAULT_TABLE=1 python -m pytest tests/faults`
 """
@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 PATH = Path(__file__).with_name("table.json")
-GROUPS = ("saving", "process", "disk", "numbers", "memory", "writers", "resume", "control")  # in this order in the table; others follow
+GROUPS = ("saving", "process", "disk", "numbers", "memory", "writers", "resume")  # in this order in the table; others follow
 PACKAGES = ("ftkit", "torch", "transformers", "trl", "peft", "safetensors")
 
 
@@ -47,3 +47,8 @@ def merge(rows: list[Row], path: Path = PATH) -> None:
 def is_wanted() -> bool:
     "Whether this run of the tests is to write the table."
     return os.environ.get("FTKIT_FAULT_TABLE", "") not in ("", "0")
+
+
+def is_complete() -> bool:
+    "Whether every call is to be hit, and not only some."
+    return os.environ.get("FTKIT_FAULT_TABLE") == "all"

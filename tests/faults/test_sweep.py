@@ -1,7 +1,7 @@
 """A run that is hurt at every call to the file system goes on to the same weights, bit for bit; see sweep.py and shim.py.
 
 In a usual run of the tests every call of a LoRA run's save, rotation and adapter is hit by one of the acts, and the other kinds of runs at
-some; with FTKIT_FAULT_TABLE=1 all are hit by all, which takes a quarter of an hour, and the table of the docs is written anew.
+some; with FTKIT_FAULT_TABLE=all every call of every kind is hit, which takes half an hour. FTKIT_FAULT_TABLE=1 or =all writes the table of the docs.
 """
 import json
 import os
@@ -30,14 +30,17 @@ OTHERS = [
     dict(accumulation=4), dict(workers=2), dict(method="full", accumulation=4), dict(method="full", workers=2), dict(accumulation=4, workers=2),
     dict(rows=8, stops=[1, 2]), dict(method="full", rows=5, stops=[1, 2, 3]),
 ]
-LAYOUTS = []  # cases of packed and of streaming rows
+LAYOUTS = [
+    dict(options=dict(packing=True)), dict(method="full", accumulation=4, options=dict(packing=True)), dict(options=dict(packing=True), workers=2, rows=9, stops=[1, 3]),
+    dict(data="drawn"), dict(data="drawn", workers=2, accumulation=4), dict(data="drawn", method="full", rows=8, stops=[1, 2]), dict(data="drawn", options=dict(packing=True)),
+]
 
 
 def tasks() -> list[dict]:
-    every = (lambda many: 1) if table.is_wanted() else (lambda many: many)
-    hurt = [dict(case=LORA, act=act, first=1 if table.is_wanted() else first, every=every(many)) for act, first, many in (("exit", 1, 2), ("full", 2, 4), ("power", 4, 4), ("error", 8, 16))]
+    every = (lambda many: 1) if table.is_complete() else (lambda many: many)
+    hurt = [dict(case=LORA, act=act, first=1 if table.is_complete() else first, every=every(many)) for act, first, many in (("exit", 1, 2), ("full", 2, 4), ("power", 4, 4), ("error", 8, 16))]
     hurt += [dict(case=FULL, act=act, first=first, every=every(many)) for act, first, many in (("exit", 3, 12), ("power", 9, 12))]
-    hurt += [dict(case=case, act=act, first=first, every=4 if table.is_wanted() else 40) for number, case in enumerate(OTHERS + LAYOUTS) for act, first in (("exit", 5 + 4 * number), ("power", 25 + 4 * number))]
+    hurt += [dict(case=case, act=act, first=first, every=4 if table.is_complete() else 80) for number, case in enumerate(OTHERS + LAYOUTS) for act, first in (("exit", 5 + 4 * number), ("power", 25 + 4 * number))]
     hurt += [dict(case=EXPORT, act=act, first=first, every=every(8)) for act, first in (("exit", 1), ("power", 3), ("full", 5))]
     hurt += [dict(case={**case, "stops": [2, 4]}, act=act, first=first, every=every(many)) for case, many in ((LORA, 4), (PLAIN, 9)) for first, act in enumerate(DAMAGE, 1)]
     hurt += [dict(case=PLAIN, act=act, every=every(25)) for act in ("exit", "power", "full", "error")]
@@ -46,7 +49,7 @@ def tasks() -> list[dict]:
 
 def controls() -> list[dict]:
     "Runs with something broken on purpose: what these tests must not let pass."
-    return [dict(case=dict(control="no cursor"), act="exit", first=3, every=60), dict(case=dict(control="no check"), act="power", first=40, every=9)]
+    return [dict(case=dict(control="no cursor"), act="exit", first=3, every=60), dict(case=dict(control="no check"), act="power", first=40, every=16)]
 
 
 @pytest.fixture(scope="module")
@@ -68,6 +71,11 @@ def problem(point: dict) -> str | None:
     if point["weights"] != point["wanted"]:
         return where + "other weights"
     return where + str(point["problems"] + point["left"]) if point["problems"] or point["left"] or point["state"] != "finished" else None
+
+
+def is_lost(point: dict) -> bool:
+    "Whether a resume fails or ends with other weights."
+    return bool(point.get("error")) or point["weights"] != point["wanted"]
 
 
 def of(points, what=None, acts=None, control=None) -> list[dict]:
@@ -95,7 +103,7 @@ def test_every_call_of_a_save_was_hit(points):
     hit = {p["at"] for p in hurt}
     assert hit == set(range(1, max(hit) + 1)) and len(hit) > 100
     assert {p["call"][0] for p in hurt} == {"open", "write", "fsync", "mkdir", "rename", "unlink"}
-    assert {p["from_step"] for p in hurt} == {2, 4, 6}
+    assert {p["from_step"] for p in hurt} >= {2, 4, 6}  # and 5, where the newest whole step was saved when its own save failed
     assert len(of(points)) >= 200
 
 
@@ -116,11 +124,11 @@ def test_damage_is_not_gone_on_from(points):
 
 
 def test_a_run_without_its_place_in_the_data_would_be_found_out(points):
-    assert any(problem(p) for p in of(points, control="no cursor"))
+    assert any(is_lost(p) for p in of(points, control="no cursor"))
 
 
 def test_checkpoints_that_nobody_flushes_and_checks_would_be_found_out(points):
-    assert any(problem(p) for p in of(points, control="no check"))
+    assert any(is_lost(p) for p in of(points, control="no check"))
 
 
 def test_the_table_of_saves(points, table_row):
@@ -132,5 +140,3 @@ def test_the_table_of_saves(points, table_row):
         table_row("saving", fault.format(SAVING), told_here(here), told_plain(of(points, "plain", (act,))), len(here))
     exports = of(points, "export")
     table_row("saving", "the process ends, the power goes or the disk is full at any call of an export", f"{sum(problem(p) is None for p in exports)} of {len(exports)} leave a whole export or none; made again, it is the same", None, len(exports))
-    broken = of(points, control="no cursor") + of(points, control="no check")
-    table_row("control", "ftkit with its place in the data, or its flushing and checking, taken out (the tests must see it)", f"{sum(problem(p) is not None for p in broken)} of {len(broken)} are wrong", None, len(broken))
