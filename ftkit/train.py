@@ -1659,8 +1659,9 @@ def _save_newest(self: Run):
 # %% ../nbs/00c_train.ipynb #advice
 def _advice(error: BaseException, run) -> str:
     on = f"the run is saved; go on with Run.open({str(run.folder)!r}).start(), or: ftkit resume {run.folder}"
-    if isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "out of memory" in str(error).lower():
+    if is_out_of_memory(error) or "out of memory" in str(error).lower():
         return f"memory ran out: take a smaller per_device_train_batch_size (and more gradient_accumulation_steps), a smaller max_length, or gradient_checkpointing=True. Then {on}"
+    if "DataLoader worker" in str(error): return f"a process that reads rows ended; if it did not have enough memory, go on with dataloader_num_workers=0. Then {on}"
     return on
 
 # %% ../nbs/00c_train.ipynb #firstcheckpoint
@@ -2206,9 +2207,15 @@ def open(
         load_weights(model, checkpoint)
         run._hold_model()
     run.step, run.origin = _step_of(checkpoint), config.get("parent", {}).get("step", 0)
-    run._note_changes(config, options)
-    if (damaged := damaged_lines(folder)): run.say(f"passed over: {damaged[0]}" + (f" and {len(damaged) - 1} more" if len(damaged) > 1 else ""))
+    run._note_changes(config, options), run._tell_damaged()
     return run
+
+# %% ../nbs/00c_train.ipynb #tell-damaged
+@patch
+def _tell_damaged(self: Run):
+    "Name the lines of the journal that are passed over."
+    damaged = damaged_lines(self.folder)
+    if damaged: self.say(f"passed over: {damaged[0]}" + (f" and {len(damaged) - 1} more" if len(damaged) > 1 else ""))
 
 # %% ../nbs/00c_train.ipynb #check-further
 def _check_further(folder: Path, config: dict, step: int, options: dict):
