@@ -127,6 +127,7 @@ def write_folder(
 ) -> Path:  # `path`
     "Make a folder of files with a manifest, whole or not at all; raises `FtkitError` where it exists or the disk does not take it."
     path = Path(path)
+    sweep_temporary(path.parent, path.name)
     with _building(path) as folder:
         if os.path.lexists(path):
             raise FtkitError(f"{path} is there already and is never overwritten")
@@ -208,10 +209,10 @@ def newest_checkpoint(
         reasons.append(f"{path.name} passed over: {problems[0]}{more}")
     return None, reasons
 
-# %% ../nbs/00c3_checkpoint.ipynb #set-aside
+# %% ../nbs/00c3_checkpoint.ipynb #set-aside-name
 SET_ASIDE = "set-aside"
 
-
+# %% ../nbs/00c3_checkpoint.ipynb #set-aside
 def set_aside(
     path: str | Path,  # a folder, or a link, that must not be used and stands in the way
 ) -> Path:  # where it is now
@@ -247,12 +248,13 @@ def _is_dead(folder: Path, host: str, process: int) -> bool:
 # %% ../nbs/00c3_checkpoint.ipynb #sweep
 def sweep_temporary(
     folder: str | Path,  # the run's folder
+    name: str | None = None,  # only what was to become a folder of this name
 ) -> list[Path]:  # what was removed
     "Remove the half-written hidden folders of processes of this machine that are gone."
     removed = []
     for path in sorted(Path(folder).iterdir() if Path(folder).is_dir() else ()):
         match = TEMPORARY.fullmatch(path.name)
-        if match and _is_dead(path, match["host"], int(match["process"])):
+        if match and name in (None, match["name"]) and _is_dead(path, match["host"], int(match["process"])):
             shutil.rmtree(path, ignore_errors=True)
             removed += [] if path.exists() else [path]
     return removed
@@ -265,6 +267,7 @@ def remove_folder(
     hidden = _temporary(Path(path))
     try:
         os.rename(path, hidden)
+        _sync(hidden.parent)  # else a power cut could bring the name back to half a folder
         shutil.rmtree(hidden)
     except OSError as error:
         raise FtkitError(f"cannot delete {path}: {_why(error)}") from None

@@ -453,7 +453,8 @@ def _code(state: str) -> int:
 @click.argument("folder", metavar="RUNFOLDER", type=_FILE)
 @click.option("--lr", type=_Number(0, 10, min_open=True, max_open=True), help="Peak learning rate from here on; wins over the saved schedule.")
 @click.option("--steps", type=click.IntRange(1), help="Optimizer steps of the whole run.")
-def _resume(folder, lr, steps):
+@click.option("--allow", multiple=True, metavar="NAME", help="Go on though this is not what it was: base, data, tokenizer, template, settings or versions; may be repeated.")
+def _resume(folder, lr, steps, allow):
     "Go on with a run from its newest sound checkpoint."
     end = _ending(read_journal(folder))
     if end and end["what"] == "finished" and steps in (None, end["step"]):
@@ -462,7 +463,7 @@ def _resume(folder, lr, steps):
     if not (folder / "config.yaml").exists(): raise FtkitError(f"{folder} is not the folder of a run: it has no config.yaml")
     from ftkit.train import Run
     options = {name: value for name, value in dict(learning_rate=lr, max_steps=steps).items() if value is not None}
-    return _fit(Run.open(folder, **options))
+    return _fit(Run.open(folder, allow=allow, **options))
 
 # %% ../nbs/91_cli.ipynb #export
 @main.command("export")

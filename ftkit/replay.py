@@ -26,11 +26,10 @@ from fastcore.basics import patch
 
 from .checkpoint import checkpoints, rng_state, set_rng_state, verify_folder
 from .control import ACTIONS, read_journal
-from .core import write_atomic
 from .curves import Curves, _drawing, _figure, draw
 from .data import FtkitError, printable
 from .report import smooth
-from .train import Run, _is_named, _make_folder, _read_config, _versions, _machine, _without_bars, _yaml
+from .train import Run, _is_named, _make_folder, _read_config, _versions, _machine, _seal, _without_bars, _yaml
 
 # %% ../nbs/00d_replay.ipynb #timeline-class
 @dataclass(repr=False)
@@ -151,7 +150,7 @@ def _first_options(options: dict, line: Timeline) -> dict:
 def _copy_parts(folder: Path, new: Path, names: list[str], **config):
     "Some folders of a run, and its config with changes."
     for name in names: shutil.copytree(folder / name, new / name)
-    write_atomic(new / "config.yaml", _yaml(_read_config(folder) | config))
+    _seal(new, _read_config(folder) | config)
 
 
 def _beginning(folder: Path, first: int) -> list[str]:
@@ -438,7 +437,7 @@ _MISSING = "–"
 
 def _config_differences(configs: list[dict]) -> dict[str, list]:
     "The settings that are not the same in all, with the value of each."
-    flat = [_flat({name: value for name, value in config.items() if name not in ("name", "created", "rate_given")}) for config in configs]
+    flat = [_flat({name: value for name, value in config.items() if name not in ("name", "id", "sha256", "created", "rate_given")}) for config in configs]
     names = dict.fromkeys(name for one in flat for name in one)
     rows = {name: [one.get(name, _MISSING) for one in flat] for name in names}
     return {name: values for name, values in rows.items() if any(value != values[0] for value in values)}

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['OWN_OPTIONS', 'OTHER_WAYS', 'CHECKPOINT_BUDGET', 'RING_COUNT', 'RING_BYTES', 'RING_SHARE', 'SNAPSHOT_COUNT',
-           'SNAPSHOT_BUDGET', 'TIMES', 'PACKAGES', 'RETRY', 'PATIENCE', 'held_out_loss', 'activation_bytes',
+           'SNAPSHOT_BUDGET', 'TIMES', 'PACKAGES', 'RETRY', 'PATIENCE', 'CHANGES', 'held_out_loss', 'activation_bytes',
            'default_options', 'named_weights', 'Trainer', 'save_weights', 'load_weights', 'Run', 'weights_hash']
 
 # %% ../nbs/00c_train.ipynb #exported-imports
@@ -32,6 +32,7 @@ from collections import deque
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from uuid import uuid4
 
 # %% ../nbs/00c_train.ipynb #exported-imports-more
 import torch
@@ -43,11 +44,12 @@ from transformers.trainer_callback import ExportableState, PrinterCallback
 from trl import SFTConfig, SFTTrainer
 
 from .batches import ORDERS, StepRows, StepSampler, collate_rows
-from .checkpoint import checkpoints, load_optimizer, load_rng, newest_checkpoint, paged_again, remove_folder, rng_state, save_optimizer, save_rng, set_rng_state, sweep_temporary, verify_folder, write_folder
+from .checkpoint import checkpoints, load_optimizer, load_rng, newest_checkpoint, paged_again, remove_folder, rng_state, save_optimizer, save_rng, set_aside, set_rng_state, sweep_temporary, verify_folder, write_folder
 from .control import Control, RemoteControl, confirmation, damaged_lines, read_journal, send, utc_now
 from .core import cache_dir, pick_device, pick_dtype, require, write_atomic
 from .data import FtkitError, collate, encode_data, encode_prompt, fingerprint, load_records, printable
 from .lens import lens
+from .lock import hold_run
 from .loss import LossPlan, compile_layers, loss_plan, loss_sum, trained_tokens, uncompile_layers
 from .models import _base, _is_rewritten, base_fingerprint, base_name, generate, load_model, quantization
 from .preflight import FINDINGS, preflight
@@ -509,13 +511,26 @@ def _init_training_state(self: Trainer, max_steps, steps_per_epoch, epochs, chec
 @patch
 def _save_checkpoint(self: Trainer, model, trial=None):
     folder, best = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}", self.state.best_global_step
-    if folder.exists() or not _is_sound(self.model): return
+    if self.run._has_saved(folder) or not _is_sound(self.model): return
     if best is not None: self.state.best_model_checkpoint = str(folder.with_name(f"checkpoint-{best}"))
     if not self.run._published(folder, self._write_state): return
-    self.run.journal.write("checkpoint", step=self.state.global_step, tokens=self.run.tokens, folder=folder.name)
-    for old in checkpoints(folder.parent)[:-self._checkpoints_kept(folder)]:
-        if old.name not in (folder.name, f"checkpoint-{self.run.origin}") and str(old) != self.state.best_model_checkpoint: remove_folder(old)
+    self.run._publish(folder)
+    self._rotate(folder)
     if self.args.push_to_hub: self._push_from_checkpoint(str(folder))
+
+# %% ../nbs/00c_train.ipynb #foreign
+def _foreign(checkpoint: Path, ids: set, published: set) -> str | None:
+    "Why a folder is no checkpoint of this run, None if it is, or if nobody can tell."
+    try: owner = json.loads((checkpoint / "ftkit.json").read_text()).get("run")
+    except (OSError, ValueError, AttributeError): owner = None
+    if not ids or owner in ids or owner is None and checkpoint.name in published: return None
+    return "it is not of this run's making"
+
+
+def _ids_of(config: dict) -> set[str]: return {one["id"] for one in (config, config.get("parent") or {}) if isinstance(one.get("id"), str)}
+
+
+def _published_by(folder: Path) -> set[str]: return {e["folder"] for e in read_journal(folder) if e["what"] == "checkpoint" and isinstance(e.get("folder"), str)}
 
 # %% ../nbs/00c_train.ipynb #checkpoints-kept
 CHECKPOINT_BUDGET = 2**30  # bytes
@@ -531,12 +546,32 @@ def _bytes_on_disk(folder: Path) -> int: return max(1, sum(path.stat().st_size f
 
 def _step_of(folder: Path) -> int: return int(folder.name.split("-")[-1])
 
+# %% ../nbs/00c_train.ipynb #rotate
+@patch
+def _rotate(self: Trainer, newest: Path):
+    "Delete the checkpoints of this run's journal that are over the number to keep."
+    own = [path for path in checkpoints(newest.parent) if path.name in self.run._published]
+    spared = {newest.name, f"checkpoint-{self.run.origin}", self._best_checkpoint(), Path(self.state.best_model_checkpoint or "").name}
+    old = [path for path in own[:-self._checkpoints_kept(newest)] if path.name not in spared]
+    try:
+        if old and (problems := verify_folder(newest)): raise FtkitError(f"{newest.name}, just written, is not whole ({problems[0]}): no older checkpoint is deleted")
+        for path in old: remove_folder(path)
+    except FtkitError as error: self.run.say(str(error))
+
+
+@patch
+def _best_checkpoint(self: Trainer) -> str | None:
+    "The checkpoint with the lowest held-out loss, the later one of equals."
+    names = {path.name for path in checkpoints(self.args.output_dir)}
+    scores = [(e["eval_loss"], -e["step"]) for e in self.state.log_history if f"checkpoint-{e.get('step')}" in names and math.isfinite(e.get("eval_loss", math.nan))]
+    return f"checkpoint-{-min(scores)[1]}" if scores else None
+
 # %% ../nbs/00c_train.ipynb #write-state
 @patch
 def _write_state(self: Trainer, folder: Path):
     save_weights(self.model, folder)
     if self.optimizer is not None: save_optimizer(_bare(self.optimizer), self.model, folder)
-    state = dict(scheduler=_plain_state(self.lr_scheduler), rate=self.args.learning_rate, held=self.run.held_learning_rate, tokens=self.run.tokens, trained=self.run.trained, given=self.run._rate_given, position=self.position())
+    state = dict(scheduler=_plain_state(self.lr_scheduler), rate=self.args.learning_rate, held=self.run.held_learning_rate, tokens=self.run.tokens, trained=self.run.trained, given=self.run._rate_given, position=self.position(), run=self.run._id, options=self.run.options)
     if self.accelerator.scaler is not None: state["scaler"] = self.accelerator.scaler.state_dict()
     (folder / "ftkit.json").write_text(json.dumps(state, indent=1))
     save_rng(folder)
@@ -890,6 +925,8 @@ def _attach(self: Run, folder: Path):
     self.step = self.tokens = self.trained = 0  # tokens: real ones, no padding
     self.held_learning_rate = self.learning_rate = self.scheduled_learning_rate = self._changed = self._new_options = self._old_options = None
     self._rate_given, self._new_rate = None, False  # when a rate was given at a resume; whether it is not yet trained with
+    self._id, self._ids, self._published, self._sound = uuid4().hex, set(), set(), None  # of this run; whose checkpoints are its own; of its journal; the last one known to be whole
+    self._lock, self._changes = None, None  # what is not what it was, where the run was opened
     self.seconds, self._began, self._counted, self._bar, self._last = 0.0, 0.0, (0, 0.0), None, {}
     self._ring, self._disk, self._rewind_to, self._script, self._answers, self._trouble = _Ring(), _Pace(), None, {}, {}, None
     self._thread = self._worker = self._error = self._marked = None  # worker: the thread that trains
@@ -986,10 +1023,30 @@ def _data_facts(data) -> dict | None:
     trained = sum(int((labels[1:] != -100).sum()) for labels in rows)
     return dict(rows=len(data), tokens=int(sum(data["length"])), trained_tokens=trained, sha256=fingerprint(data))
 
+# %% ../nbs/00c_train.ipynb #tokenizer-facts
+def _tokenizer_facts(tokenizer) -> dict[str, str]:
+    "Fingerprints of the tokenizer (what it turns text into, whatever it was last asked to pad to) and of its chat template."
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    parts = {} if backend is None else {name: part for name, part in json.loads(backend.to_str()).items() if name not in ("truncation", "padding", "version")}
+    parts |= {"vocabulary": sorted(tokenizer.get_vocab().items()), "special": {name: str(token) for name, token in tokenizer.special_tokens_map.items()}}
+    digest = lambda value: hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()
+    return dict(sha256=digest(parts), template_sha256=digest(tokenizer.chat_template))
+
 # %% ../nbs/00c_train.ipynb #yaml
 def _yaml(config: dict) -> str:
     try: return yaml.safe_dump(config, sort_keys=False, allow_unicode=True)
     except yaml.YAMLError as error: raise FtkitError(f"an option is no plain value and cannot be written to config.yaml: {' '.join(str(error).split())}") from error
+
+# %% ../nbs/00c_train.ipynb #seal
+def _settings_sum(config: dict) -> str:
+    "SHA-256 of what a config says, its own sum left out."
+    said = yaml.safe_load(_yaml({name: value for name, value in config.items() if name != "sha256"}))
+    return hashlib.sha256(json.dumps(said, sort_keys=True, default=str).encode()).hexdigest()
+
+
+def _seal(folder: Path, config: dict):
+    "Write config.yaml with its sum."
+    write_atomic(folder / "config.yaml", _yaml({**config, "sha256": _settings_sum(config)}))
 
 # %% ../nbs/00c_train.ipynb #adapter-facts
 def _adapter_facts(model) -> dict | None:
@@ -1028,13 +1085,14 @@ def _write_config(self: Run, facts: dict):
     sizes = dict(parameters=sum(map(_count_of, weights)), trainable=sum(p.numel() for p in weights if p.requires_grad))
     weight = next(p for p in weights if p.is_floating_point())
     config = facts | dict(
-        name=self.folder.name, created=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        name=self.folder.name, id=self._id, created=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         model=dict(name=base_name(self.model) or type(self.model).__name__, dtype=str(weight.dtype).removeprefix("torch."), device=str(weight.device), quantize=quantization(self.model), base_sha256=_base_fingerprint(self.model), **sizes),
         method=_method(self.model), adapter=_adapter_facts(self.model), frozen=_frozen_parts(self.model), machine=_machine(weight.device),
-        data=_data_facts(self.data), held_out=_data_facts(self.held_out),
+        tokenizer=_tokenizer_facts(self.tokenizer), data=_data_facts(self.data), held_out=_data_facts(self.held_out),
         options=self.options, compile=self.compile, allow=list(self.allow), rows_per_step=self.batch, loss=self.plan.reason, attention=self.plan.attention, versions=_versions(),
     )
-    write_atomic(self.folder / "config.yaml", _yaml(config))
+    self._ids = {self._id}
+    _seal(self.folder, config)
 
 # %% ../nbs/00c_train.ipynb #data-write
 @patch
@@ -1406,6 +1464,7 @@ def _edge(self: Run, between_micro_batches: bool = False) -> bool:
 # %% ../nbs/00c_train.ipynb #prepare-edge
 @patch
 def _prepare_edge(self: Run):
+    self._check_lock()
     if self._steered and self.step and not self._trouble:
         self._ring._take(self.trainer)
         self._keep_on_disk()
@@ -1500,6 +1559,7 @@ def fit(
 @patch
 def _train(self: Run):
     self._check_model()
+    self._check_changes()
     self._watch = Watch(self._tell_hang)
     with self._locked(), _forwards_restored(self.model), self._beside_others(), self._watch.watching(), self._model_lock:
         self._fitting, self._worker = True, threading.current_thread()
@@ -1574,10 +1634,37 @@ def _forget_after(self: Run, step: int):
     for later in checkpoints(self.folder / "snapshots"):
         if _step_of(later) > step: remove_folder(later)
 
+# %% ../nbs/00c_train.ipynb #publish
+@patch
+def _publish(self: Run, folder: Path):
+    self._sound = folder.name
+    self.journal.write("checkpoint", step=_step_of(folder), tokens=self.tokens, folder=folder.name)
+    self._published.add(folder.name)
+
+
+@patch
+def _has_saved(self: Run, folder: Path) -> bool:
+    "Whether this step is saved already; moves what is in the way."
+    if not os.path.lexists(folder): return False
+    if folder.name == self._sound: return True
+    reason = _foreign(folder, self._ids, self._published) or next(iter(verify_folder(folder)), None)
+    if reason is None: self._publish(folder)
+    else: self._put_aside(folder, reason)
+    return reason is None
+
+
+@patch
+def _put_aside(self: Run, folder: Path, reason: str, then: str = ""):
+    moved = set_aside(folder).relative_to(self.folder)
+    self.journal.write("set_aside", step=self.step, tokens=self.tokens, folder=folder.name, into=moved.as_posix(), reason=reason)
+    self.say(f"{folder.name} is not used ({printable(reason)}): moved to {moved}{then}")
+
 # %% ../nbs/00c_train.ipynb #newest-state
 def _newest_state(folder: Path) -> tuple[Path | None, list[str]]:
     "The newest sound checkpoint or snapshot; a line for each newer checkpoint that was passed over."
-    (checkpoint, reasons), (snapshot, _) = newest_checkpoint(folder), newest_checkpoint(folder / "snapshots")
+    ids, published = _ids_of(_read_config(folder)), _published_by(folder)
+    refuse = lambda path: _foreign(path, ids, published)
+    (checkpoint, reasons), (snapshot, _) = newest_checkpoint(folder, refuse), newest_checkpoint(folder / "snapshots", refuse)
     if snapshot and (checkpoint is None or _step_of(snapshot) > _step_of(checkpoint)): return snapshot, reasons
     return checkpoint, reasons
 
@@ -1587,23 +1674,31 @@ def _as_checkpoint(self: Run, state: Path) -> Path:
     "The state among the checkpoints, what is damaged set aside."
     place = self.folder / state.name
     for bad in checkpoints(self.folder):
-        if bad != state and _step_of(bad) >= _step_of(state): os.replace(bad, bad.with_name(f".{bad.name}.damaged-{time.time_ns()}"))
-    if state == place: return place
-    os.replace(state, place)
-    self.journal.write("checkpoint", step=_step_of(place), tokens=json.loads((place / "ftkit.json").read_text())["tokens"], folder=place.name)
+        if bad != state and _step_of(bad) >= _step_of(state): self._judge(bad, state)
+    self._sound = place.name
+    if state == place and place.name in self._published: return place
+    if state != place: os.replace(state, place)
+    self.tokens = json.loads((place / "ftkit.json").read_text())["tokens"]
+    self._publish(place)
     return place
 
+
+@patch
+def _judge(self: Run, bad: Path, state: Path):
+    "Set a damaged checkpoint aside; leave a stranger's where it is, unless the run needs its place at once."
+    stranger = _foreign(bad, self._ids, self._published)
+    if stranger is None or bad.name == state.name: return self._put_aside(bad, stranger or next(iter(verify_folder(bad)), "older than the newest"), f"; going on from {state.name}")
+    self.say(f"{bad.name} is not used ({stranger}): left as it is; going on from {state.name}")
 
 # %% ../nbs/00c_train.ipynb #newest
 @patch
 def _newest(self: Run) -> Path | None:
     for place in (self.folder, self.folder / "snapshots"): sweep_temporary(place)
+    self._published = _published_by(self.folder)
     state, reasons = _newest_state(self.folder)
-    for reason in reasons: self.say(f"passed over: {reason}")
-    if state is None and (reasons or self.step): raise FtkitError(f"{self.folder} has no sound checkpoint to go on from; start a new run")
-    if self._changed: write_atomic(self.folder / "config.yaml", _yaml(self._changed))
+    if state is None and (self.step or any(_foreign(path, self._ids, self._published) is None for path in checkpoints(self.folder))): raise FtkitError(f"{self.folder} has no sound checkpoint to go on from ({'; '.join(reasons)}); start a new run")
+    if self._changed: _seal(self.folder, self._changed)
     return state and self._as_checkpoint(state)
-
 
 # %% ../nbs/00c_train.ipynb #fit-begin
 @patch
@@ -1619,6 +1714,7 @@ def _begin(self: Run, checkpoint: Path | None):
     self._forget_after(step)
     facts = dict(process=os.getpid(), host=socket.gethostname(), run=self.folder.name, held=held, options=self._new_options, before=self._old_options, paused=self.state == "paused")
     self.journal.write("resume" if checkpoint else "start", step=step, tokens=self.tokens, **facts)
+    self._tell_changes()
     self._new_options, self._old_options, self._new_rate = None, None, False
     self._begun.set()
     if checkpoint: self.say(f"{self.folder}: going on from {checkpoint.name}")
@@ -1651,7 +1747,7 @@ def _mark(self: Run):
 @patch
 def _save_newest(self: Run):
     "The state after the last whole step as a checkpoint."
-    if self._marked is None or _is_gone(self.folder): return  # else nothing is whole, or there is no place
+    if self._marked is None or _is_gone(self.folder) or self._lock and self._lock.lost: return  # nothing is whole, or there is no place, or it is another writer's
     random, self.tokens, self.trained = self._marked
     set_rng_state(random)
     self.trainer._save_checkpoint(self.trainer.model)
@@ -1806,7 +1902,7 @@ def _do_halve(self: Run, request):
     rows, accumulation = halved(*self._setting_of(request))
     self.options = {**self.options, "per_device_train_batch_size": rows, "gradient_accumulation_steps": accumulation}
     if self._changed: self._changed["options"] = self.options
-    write_atomic(self.folder / "config.yaml", _yaml(_read_config(self.folder) | dict(options=self.options)))
+    _seal(self.folder, _read_config(self.folder) | dict(options=self.options))
     self._again = True  # from this very step, split otherwise
 
 # %% ../nbs/00c_train.ipynb #wants-dry
@@ -1964,14 +2060,17 @@ def _tell_hang(self: Run, waited: float, usual: float):
 @patch
 @contextlib.contextmanager
 def _locked(self: Run):
-    import filelock
-    lock = filelock.FileLock(self.folder / ".lock")
-    try: lock.acquire(timeout=0)
-    except filelock.Timeout:
-        mine = [e.get("process") for e in self.history if e["what"] in ("start", "resume")][-1:] == [os.getpid()]
-        raise FtkitError(f"{self.folder} is being trained by another {'Run object of this process' if mine else 'process'} already; steer it with: ftkit steer {self.folder} pause") from None
-    try: yield
-    finally: lock.release()
+    with hold_run(self.folder) as self._lock:
+        if self._lock.taken:
+            self.journal.write("taken_over", step=self.step, tokens=self.tokens, text=self._lock.taken)
+            self.say(f"{self.folder} was left by {self._lock.taken}; taken over")
+        try: yield
+        finally: self._lock = None
+
+
+@patch
+def _check_lock(self: Run):
+    if self._lock is not None and self._lock.lost: raise FtkitError(f"{self.folder} was taken over by {self._lock.lost}, so it ends here and nothing more is saved")
 
 # %% ../nbs/00c_train.ipynb #beside-others
 def _card(device: torch.device) -> str:
@@ -2057,13 +2156,14 @@ def _is_named(name: str, model=None) -> bool:
 @patch
 def _detach(self: Run, paused: bool) -> "Run":
     self._check_model()
+    self._check_changes()
     if not _is_named(_read_config(self.folder)["model"]["name"], self.model): raise FtkitError("start(detached=True) loads the model anew by its name, and this one was made in memory: save it to a folder and load it from there")
     if self.callbacks: raise FtkitError("start(detached=True) cannot take callbacks along, which are objects of this process: train with start(), or leave them away")
     if checkpoints(self.folder):
         with self._locked(): pass  # nobody trains it
     else: self._write_first_checkpoint()
     new, since = [*(self._new_options or ()), *("learning_rate" for _ in range(self._new_rate))], len(self.history)
-    options = {name: self.options[name] for name in new}
+    options = {name: self.options[name] for name in new} | ({"allow": self._changes.allow} if self._changes else {})
     with open(self.folder / "detached.log", "wb") as log:
         command = [sys.executable, "-c", _DETACHED, str(self.folder.resolve()), json.dumps(options), str(paused)]
         process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True)
@@ -2137,7 +2237,7 @@ def _branch(self: Run, at, name, options: dict) -> "Run":
     folder = _make_folder(self.folder.parent, name)
     self._copy_to(folder, at)
     self.journal.write("branch", step=at, tokens=self.tokens, into=folder.name)
-    return Run.open(folder, self.model, self.tokenizer, tuple(self.callbacks), self.quiet, **options)
+    return Run.open(folder, self.model, self.tokenizer, tuple(self.callbacks), self.quiet, self._changes.allow if self._changes else (), **options)
 
 # %% ../nbs/00c_train.ipynb #stop-elsewhere
 @patch
@@ -2169,8 +2269,8 @@ def _let_go(self: Run):
 def _copy_to(self: Run, folder: Path, at: int):
     import shutil
     for name in ("data", "tokenizer"): shutil.copytree(self.folder / name, folder / name)
-    config = _read_config(self.folder) | dict(name=folder.name, parent=dict(run=self.folder.name, step=at))
-    write_atomic(folder / "config.yaml", _yaml(config))
+    config = _read_config(self.folder)
+    _seal(folder, config | dict(name=folder.name, id=uuid4().hex, parent=dict(run=self.folder.name, step=at, id=config.get("id"))))
     source, snapshot = self._on_disk(at), self._ring.find(at)
     if source: return shutil.copytree(source, folder / source.name)
     now = self.trainer._snapshot()
@@ -2187,28 +2287,103 @@ def open(
     tokenizer=None,  # likewise; None: the run's own
     callbacks: tuple = (),  # Hugging Face `TrainerCallback`s; they are not saved with a run
     quiet: bool = False,  # print nothing
+    allow: tuple[str, ...] | str = (),  # what may differ from what the run was trained with, of `CHANGES`
     **options,  # of `SFTConfig`; they win over the saved ones
 ) -> Run:  # `fit` goes on where the newest sound checkpoint or snapshot is
-    "Take up a run from its folder. Raises `FtkitError` if there is nothing to go on from, or if its data was changed."
+    "Take up a run from its folder. Raises `FtkitError` if there is nothing to go on from, or if its base or its rows were changed."
     folder = Path(folder)
     config = _read_config(folder)
-    checkpoint, reasons = _newest_state(folder)
-    if checkpoint is None: raise FtkitError(f"{folder} has no sound checkpoint to go on from" + (f": {reasons[0]}" if reasons else ""))
+    checkpoint = _sound_state(folder)
     _check_further(folder, config, _step_of(checkpoint), options)
     if tokenizer is None: tokenizer = _read_tokenizer(folder)
     model = _model_of(folder, config, checkpoint, model, options)
     data, held_out, prompts = _read_data(folder, config)
+    changes = _compare(folder, allow, config, checkpoint, model, tokenizer, data, held_out)
     run = cls.__new__(cls)
     run._take_in(model, tokenizer, data, held_out, prompts, config["allow"], config["compile"], callbacks, quiet, {**config["options"], **options})
-    run._keep_attention(config)
     run._attach(folder)
     run._check_model()
     with run._model_lock:
         load_weights(model, checkpoint)
         run._hold_model()
     run.step, run.origin = _step_of(checkpoint), config.get("parent", {}).get("step", 0)
-    run._note_changes(config, options), run._tell_damaged()
+    run._note_changes(config, options, changes), run._tell_damaged()
     return run
+
+# %% ../nbs/00c_train.ipynb #changes
+CHANGES = ("base", "data", "tokenizer", "template", "settings", "versions")
+
+
+def _facts_then(config: dict) -> dict[str, dict]:
+    "What a run was trained with, by kind and name; None where it does not say."
+    tokenizer, held_out = config.get("tokenizer") or {}, config.get("held_out") or {}
+    return {
+        "base": {f"the weights of {config['model']['name']} are not those of the model given": config["model"]["base_sha256"] if config["method"] != "full" else None},
+        "data": {"data/train.parquet is not the data that this run was started with": config["data"].get("sha256"), "data/held_out.parquet is not the held-out data of this run": held_out.get("sha256")},
+        "tokenizer": {"the tokenizer turns text into other tokens": tokenizer.get("sha256")},
+        "template": {"the chat template is another one": tokenizer.get("template_sha256")},
+        "settings": {"config.yaml was edited": config.get("sha256")},
+        "versions": dict(config["versions"]),
+    }
+
+# %% ../nbs/00c_train.ipynb #changes-now
+def _as_it_is(config: dict, model, tokenizer, data, held_out) -> dict:
+    "The same parts of a config, of what is here."
+    summed = lambda facts, rows: None if rows is None else {**(facts or {}), "sha256": fingerprint(rows)}
+    rows = dict(data=summed(config["data"], data), held_out=summed(config["held_out"], held_out))
+    return dict(model={**config["model"], "base_sha256": _base_fingerprint(model)}, tokenizer=_tokenizer_facts(tokenizer), **rows, versions=_versions(), sha256=_settings_sum(config))
+
+
+def _changes_between(config: dict, now: dict, checkpoint: Path) -> dict[str, list[str]]:
+    "A line for each thing that is not what it was, by kind."
+    found, short, here = {}, lambda value: printable(value or "none")[:16], _facts_then({**config, **now})
+    for kind, then in _facts_then(config).items():
+        lines = [f"{printable(name)}: {short(before)} then, {short(here[kind].get(name))} now" for name, before in then.items() if before is not None and before != here[kind].get(name)]
+        if lines: found[kind] = lines + (_edited(config, checkpoint) if kind == "settings" else [])
+    return found
+
+
+def _edited(config: dict, checkpoint: Path) -> list[str]:
+    "The options that are not those of the newest checkpoint."
+    before, now = json.loads((checkpoint / "ftkit.json").read_text()).get("options") or {}, json.loads(json.dumps(config["options"], default=str))
+    return [f"option {printable(name)}: {printable(before.get(name))} then, {printable(now.get(name))} now" for name in {**before, **now} if before.get(name) != now.get(name)]
+
+# %% ../nbs/00c_train.ipynb #changes-class
+class _Changes:
+    "What is not what it was when the run was last trained, and what of it is allowed."
+
+    def __init__(self, folder: Path, allow, found: dict[str, list[str]], now: dict):
+        self.folder, self.allow, self.found, self.now = folder, (allow,) if isinstance(allow, str) else tuple(allow), found, now
+        unknown = [name for name in self.allow if name not in CHANGES]
+        if unknown: raise FtkitError(f"allow={unknown[0]!r} is nothing that can be allowed at a resume; there are {', '.join(CHANGES)}")
+
+    def lines(self, kinds) -> list[str]: return [line for kind in kinds for line in self.found[kind]]
+
+    def check(self, *kinds: str):
+        "Raise, with the whole list, if something of these kinds has changed and is not allowed."
+        refused = tuple(kind for kind in self.found if kind not in self.allow)
+        if not set(kinds) & set(refused): return
+        listed, flags = "\n".join(f"- {line}" for line in self.lines(refused)), " ".join(f"--allow {kind}" for kind in refused)
+        raise FtkitError(f"{self.folder} would go on with other things than it was trained with:\n{listed}\nTo go on all the same: Run.open(folder, allow={refused}), or: ftkit resume {self.folder} {flags}")
+
+
+def _compare(folder: Path, allow, config: dict, checkpoint: Path, *parts) -> _Changes:
+    now = _as_it_is(config, *parts)
+    changes = _Changes(folder, allow, _changes_between(config, now, checkpoint), now)
+    changes.check("base", "data")
+    return changes
+
+# %% ../nbs/00c_train.ipynb #allow-changes
+@patch
+def _check_changes(self: Run):
+    if self._changes is not None: self._changes.check(*CHANGES)
+
+
+@patch
+def _tell_changes(self: Run):
+    found, self._changes = self._changes and self._changes.found, None
+    if found: self.journal.write("allowed", step=self.step, tokens=self.tokens, kinds=[*found], changes=[line for lines in found.values() for line in lines])
+    for line in (line for lines in (found or {}).values() for line in lines): self.say(f"allowed: {line}")
 
 # %% ../nbs/00c_train.ipynb #tell-damaged
 @patch
@@ -2223,24 +2398,32 @@ def _check_further(folder: Path, config: dict, step: int, options: dict):
     steps, before = options.get("max_steps"), config["options"].get("max_steps")
     if isinstance(steps, int) and 0 < steps <= step and steps != before: raise FtkitError(f"{folder} has reached step {step}, so max_steps={steps} would end it: give more, or leave it out")
 
+
+def _sound_state(folder: Path) -> Path:
+    "The newest sound checkpoint or snapshot; raises where there is none."
+    checkpoint, reasons = _newest_state(folder)
+    if checkpoint is None: raise FtkitError(f"{folder} has no sound checkpoint to go on from" + (f": {reasons[0]}" if reasons else ""))
+    return checkpoint
+
 # %% ../nbs/00c_train.ipynb #model-of
 def _model_of(folder: Path, config: dict, checkpoint: Path, model, options: dict):
     facts = config["model"]
     if model is None: model, _ = load_model(facts["name"], dtype=getattr(torch, facts["dtype"]), quantize=facts.get("quantize"))
     _check_quantized_alike(folder, config, model)
     model = _as_begun(_with_adapter(model, checkpoint), config, options)
-    if config["method"] != "full" and _base_fingerprint(model) != facts["base_sha256"]: raise FtkitError(f"{folder} was trained from {facts['name']}, whose weights are not those of the model given")
     return model
 
 # %% ../nbs/00c_train.ipynb #note-changes
 @patch
-def _note_changes(self: Run, config: dict, options: dict):
-    self._keep_batch(config, options)
+def _note_changes(self: Run, config: dict, options: dict, changes: "_Changes"):
+    self._keep_attention(config), self._keep_batch(config, options)
+    self._id, self._ids = config.get("id"), _ids_of(config)
     before, self._new_rate = config["options"], "learning_rate" in options
     self._rate_given = utc_now() if self._new_rate else config.get("rate_given")
-    self._changed = {**config, "options": self.options, "rate_given": self._rate_given, "rows_per_step": self.batch} if options else None
+    self._changed = {**config, **(changes.now if changes.found else {}), "options": self.options, "rate_given": self._rate_given, "rows_per_step": self.batch} if options or changes.found else None
     self._new_options = {name: value for name, value in options.items() if before.get(name) != value} or None
     self._old_options = {name: before.get(name) for name in self._new_options or ()} or None
+    self._changes = changes
 
 # %% ../nbs/00c_train.ipynb #keep-batch
 @patch
@@ -2318,7 +2501,6 @@ def _read_rows(path: Path):
 def _read_data(folder: Path, config: dict):
     place = folder / "data"
     data, held_out = _read_rows(place / "train.parquet"), _read_rows(place / "held_out.parquet") if config["held_out"] else None
-    if fingerprint(data) != config["data"].get("sha256"): raise FtkitError(f"{place / 'train.parquet'} is not the data that this run was started with")
     try: return data, held_out, [json.loads(line) for line in (place / "prompts.jsonl").read_text(encoding="utf-8").split("\n") if line]
     except (OSError, ValueError) as error: raise FtkitError(f"{place / 'prompts.jsonl'} cannot be read: {printable(error)[:200]}") from error
 

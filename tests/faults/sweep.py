@@ -2,16 +2,18 @@
 
     python sweep.py FOLDER TASKS.json      writes FOLDER/results.json
 
-A task is a case (see `CASE`), an act of the shim, and which calls to hit: `every` n-th, beginning with `first`. The child of a fault opens a copy
-of a run that stands at step 2 of 6 and trains on: it resumes, saves and rotates twice, and writes the adapter. Where the fault ends it, or
-an error does, another child takes the run up as a person would, and tells what came of it. All on one thread, with a model of random weights.
+A task is a case (see `CASE`), an act (of the shim, or of `DAMAGE`), and which calls to hit: every `every`-th, beginning with `first`. The child
+of a fault opens a copy of a run that stands at step 2 of 6 and trains on: it resumes, saves and rotates twice, and writes the adapter. Where the
+fault ends it, or an error does, another child takes the run up as a person would, and tells what came of it. One thread each, random weights.
 """
 import gc
+import hashlib
 import json
 import os
 import shutil
 import sys
 import traceback
+from functools import partial
 from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -25,6 +27,8 @@ from shim import ENDED, Shim  # noqa: E402
 import ftkit.checkpoint  # noqa: E402
 import ftkit.train  # noqa: E402
 from ftkit.checkpoint import checkpoints, verify_folder  # noqa: E402
+from ftkit.data import collate, encode_data  # noqa: E402
+from ftkit.export import export  # noqa: E402
 from ftkit.models import tiny_model  # noqa: E402
 from ftkit.train import Run, weights_hash  # noqa: E402
 
@@ -33,9 +37,10 @@ ftkit.train.PATIENCE = 0.0  # nobody makes room here
 TOTAL = 6  # steps of every run
 WORDS = "stressed drawer lager repaid warts gums decal diaper parts regal sloops smart straw tuber live star".split()
 RECORDS = [dict(instruction="Say it backwards.", input=word, output=word[::-1]) for word in WORDS]
+# what: train a run of ftkit; export one; or plain, the same training by transformers' own Trainer
 # method: lora or full; accumulation: micro-batches of a step; workers: of the loader; rows: of the data, 2 to a micro-batch;
 # stops: where the run was stopped and taken up before the fault; options: more for Run; control: what is broken on purpose
-CASE = dict(method="lora", accumulation=1, workers=0, rows=12, stops=[2], options={}, control=None)
+CASE = dict(what="train", method="lora", accumulation=1, workers=0, rows=12, stops=[2], options={}, control=None)
 
 
 def model_of(case: dict):
@@ -92,6 +97,96 @@ def go_on(case: dict, folder: Path) -> Run:
     return Run.open(folder, *base_of(case), quiet=True, **more).fit()
 
 
+# ---- what is done to whom
+
+def begin_export(case: dict, folder: Path) -> str:
+    (folder / "begun").mkdir()
+    base, tokenizer = model_of(case)
+    Run(base, tokenizer, RECORDS[: case["rows"]], RECORDS[-2:], root=folder / "begun", name="run", prompts=[], **options_of(case)).fit()
+    shutil.copytree(folder / "begun", folder / "unhurt")
+    hurt_export(case, folder / "unhurt")
+    return export_sum(folder / "unhurt")
+
+
+def hurt_export(case: dict, folder: Path):
+    export(Run.open(folder / "run", *base_of(case), quiet=True), folder / "out")
+
+
+def export_sum(folder: Path) -> str:
+    return hashlib.sha256((folder / "out" / "model.safetensors").read_bytes()).hexdigest()
+
+
+def up_export(case: dict, folder: Path) -> dict:
+    "Export again where there is no export yet; one that is there must be whole."
+    there = (folder / "out").exists()
+    if not there:
+        hurt_export(case, folder)
+    left = sorted(path.name for path in folder.iterdir() if path.name not in ("run", "out"))
+    return dict(weights=export_sum(folder), state="finished", problems=verify_folder(folder / "out"), left=left, from_step=int(there))
+
+
+def plain_trainer(case: dict, folder: Path, *callbacks) -> transformers.Trainer:
+    "transformers' own trainer, on the same model, rows and options."
+    model, tokenizer = model_of(case)
+    options = {key: value for key, value in options_of(case).items() if key not in ("quiet", "eval_steps")}
+    args = transformers.TrainingArguments(
+        output_dir=str(folder), use_cpu=True, report_to="none", disable_tqdm=True, remove_unused_columns=False, logging_steps=1, save_strategy="steps",
+        train_sampling_strategy="random", **options,
+    )
+    rows = encode_data(RECORDS[: case["rows"]], tokenizer, 256)
+    return transformers.Trainer(
+        model=model, args=args, train_dataset=rows, callbacks=list(callbacks), data_collator=partial(collate, pad_token_id=tokenizer.pad_token_id),
+    )
+
+
+def begin_plain(case: dict, folder: Path) -> str:
+    whole = plain_trainer(case, folder / "whole")
+    whole.train()
+    plain_trainer(case, folder / "begun", Stop(case["stops"][0])).train()
+    for step in case["stops"][1:]:
+        plain_trainer(case, folder / "begun", Stop(step)).train(resume_from_checkpoint=True)
+    return weights_hash(whole.model)
+
+
+def hurt_plain(case: dict, folder: Path) -> transformers.Trainer:
+    trainer = plain_trainer(case, folder)
+    trainer.train(resume_from_checkpoint=True)
+    trainer.save_model(str(folder / "adapter"))
+    return trainer
+
+
+def up_plain(case: dict, folder: Path) -> dict:
+    return dict(weights=weights_hash(hurt_plain(case, folder).model), state="finished", problems=[], left=[], from_step=None)
+
+
+def up_train(case: dict, folder: Path) -> dict:
+    "Go on, and look at what is there: sound checkpoints, a whole adapter."
+    run = go_on(case, folder)
+    place = run.folder / ("adapter" if case["method"] == "lora" else "model")
+    problems = [f"{path.name}: {line}" for path in (place, *checkpoints(folder)) for line in verify_folder(path)]
+    left = [path.name for path in folder.iterdir() if ".tmp-" in path.name or path.name.startswith(f".{place.name}")]
+    resumed = [e["step"] for e in run.history if e["what"] in ("start", "resume")][-1]
+    return dict(weights=weights_hash(run.model), state=run.state, problems=problems, left=left, from_step=resumed)
+
+
+WORKS = dict(train=(begin, go_on, up_train), export=(begin_export, hurt_export, up_export), plain=(begin_plain, hurt_plain, up_plain))
+
+
+# ---- damage to what lies on the disk
+
+def flip(path: Path):
+    content = bytearray(path.read_bytes())
+    content[len(content) * 3 // 4] ^= 1
+    path.write_bytes(content)
+
+
+DAMAGE = dict(missing=Path.unlink, cut=lambda path: os.truncate(path, path.stat().st_size // 2), empty=lambda path: os.truncate(path, 0), bit=flip)
+
+
+def newest_files(folder: Path) -> list[Path]:
+    return sorted(path for path in checkpoints(folder)[-1].rglob("*") if path.is_file())
+
+
 # ---- children
 
 def in_child(work, report: Path) -> int:
@@ -101,30 +196,26 @@ def in_child(work, report: Path) -> int:
         return process
     status = 0
     try:
-        os.setpgid(0, 0)
         null = os.open(os.devnull, os.O_WRONLY)
         os.dup2(null, 1), os.dup2(null, 2)
         result = work()
     except BaseException as error:
-        result, status = dict(error=f"{type(error).__name__}: {error}", trace=traceback.format_exc()[-3000:]), 1
+        result, status = dict(error=f"{type(error).__name__}: {error}"[:500], trace=traceback.format_exc()[-3000:]), 1
     report.write_text(json.dumps(result))
     os._exit(status)
 
 
 def hurt(case: dict, folder: Path, at: int, act: str | None) -> dict:
+    if act in DAMAGE:
+        DAMAGE[act](newest_files(folder)[at - 1])
+        return dict(calls=[])
     with Shim(folder, at, act) as shim:
-        run = go_on(case, folder)
-    return dict(calls=shim.calls, state=run.state)
+        WORKS[case["what"]][1](case, folder)
+    return dict(calls=shim.calls)
 
 
 def taken_up(case: dict, folder: Path) -> dict:
-    "Go on, and look at what is there: sound checkpoints, a whole adapter."
-    run = go_on(case, folder)
-    place = run.folder / ("adapter" if case["method"] == "lora" else "model")
-    problems = [f"{path.name}: {line}" for path in (place, *checkpoints(folder)) for line in verify_folder(path)]
-    left = [path.name for path in folder.iterdir() if ".tmp-" in path.name or path.name.startswith(f".{place.name}")]
-    resumed = [e["step"] for e in run.history if e["what"] in ("start", "resume")][-1]
-    return dict(weights=weights_hash(run.model), state=run.state, problems=problems, left=left, from_step=resumed)
+    return WORKS[case["what"]][2](case, folder)
 
 
 # ---- the sweep
@@ -135,13 +226,17 @@ def prepared(cases: list[dict], folder: Path) -> dict:
     for number, case in enumerate(cases):
         place, report = folder / f"case-{number}", folder / f"case-{number}.json"
         place.mkdir()
-        os.waitpid(in_child(lambda: dict(weights=begin({**case, "control": None}, place)), report), 0)
+        os.waitpid(in_child(lambda: dict(weights=WORKS[case["what"]][0]({**case, "control": None}, place)), report), 0)
         facts = json.loads(report.read_text())
         if "error" in facts:
             raise SystemExit(f"{case}: {facts['trace']}")
         copy = shutil.copytree(place / "begun", place / "count")
         os.waitpid(in_child(lambda: hurt({**case, "control": None}, copy, 0, None), report), 0)
-        made[json.dumps(case, sort_keys=True)] = dict(begun=place / "begun", weights=facts["weights"], calls=json.loads(report.read_text())["calls"])
+        calls = json.loads(report.read_text())
+        if "error" in calls:
+            raise SystemExit(f"{case}: {calls['trace']}")
+        files = [] if case["what"] == "export" else [["file", path.name] for path in newest_files(place / "begun")]
+        made[json.dumps(case, sort_keys=True)] = dict(begun=place / "begun", weights=facts["weights"], calls=calls["calls"], files=files)
     return made
 
 
@@ -189,9 +284,10 @@ def main(folder: Path, tasks: list[dict]) -> dict:
     points = Points(folder)
     for task in tasks:
         facts = made[json.dumps(task["case"], sort_keys=True)]
-        for at in range(task.get("first", 1), len(facts["calls"]) + 1, task.get("every", 1)):
-            points.add(dict(case=task["case"], act=task["act"], at=at, call=facts["calls"][at - 1], begun=facts["begun"], wanted=facts["weights"]))
-    return dict(points=points.finish(), calls={text: facts["calls"] for text, facts in made.items()}, ended=ENDED)
+        places = facts["files"] if task["act"] in DAMAGE else facts["calls"]
+        for at in range(task.get("first", 1), len(places) + 1, task.get("every", 1)):
+            points.add(dict(case=task["case"], act=task["act"], at=at, call=places[at - 1], begun=facts["begun"], wanted=facts["weights"]))
+    return dict(points=points.finish(), ended=ENDED)
 
 
 if __name__ == "__main__":

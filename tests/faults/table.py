@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 PATH = Path(__file__).with_name("table.json")
-GROUPS = ("saving", "process", "disk", "numbers", "memory", "writers")  # in this order in the table; others follow
+GROUPS = ("saving", "process", "disk", "numbers", "memory", "writers", "resume", "control")  # in this order in the table; others follow
 PACKAGES = ("ftkit", "torch", "transformers", "trl", "peft", "safetensors")
 
 
