@@ -513,7 +513,7 @@ def _save_checkpoint(self: Trainer, model, trial=None):
     folder, best = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}", self.state.best_global_step
     if self.run._has_saved(folder) or not _is_sound(self.model): return
     if best is not None: self.state.best_model_checkpoint = str(folder.with_name(f"checkpoint-{best}"))
-    if not self.run._published(folder, self._write_state): return
+    if not self.run._written(folder, self._write_state): return
     self.run._publish(folder)
     self._rotate(folder)
     if self.args.push_to_hub: self._push_from_checkpoint(str(folder))
@@ -1967,12 +1967,12 @@ def _try_out(self: Run):
     rows = self.options["per_device_train_batch_size"]
     self.journal.write("dry_pass", step=self.step, tokens=self.tokens, rows=rows, length=max(self.lengths()), took=round(time.perf_counter() - entered, 3), **self._memory())
 
-# %% ../nbs/00c_train.ipynb #published
+# %% ../nbs/00c_train.ipynb #written
 RETRY, PATIENCE = 10.0, 600.0  # seconds: until a failed save is tried again; at most, at the end, until there is room
 
 
 @patch
-def _published(self: Run, folder: Path, write) -> bool:
+def _written(self: Run, folder: Path, write) -> bool:
     "Write a checkpoint; where the disk does not take it, say so once."
     try:
         if _is_gone(self.folder): raise FtkitError(f"cannot write {folder}: the run's folder was removed")
