@@ -174,12 +174,18 @@ _MODEL_OPTIONS = [
 ]
 
 # %% ../nbs/91_cli.ipynb #training-options
+_PACKING = dict(on=True, off=False, auto="auto")
+
 _TRAINING_OPTIONS = [
     click.option("--steps", type=click.IntRange(1), help="Optimizer steps; wins over --epochs."),
     click.option("--epochs", type=_Number(0, min_open=True), help="Passes over the data.  [default: 1]"),
     click.option("--lr", type=_Number(0, 10, min_open=True, max_open=True), help="Peak learning rate.  [default: 0.0002; full: 0.00002]"),
     click.option("--batch-size", type=click.IntRange(1), help="Rows of one micro-batch.  [default: 8]"),
     click.option("--max-length", type=click.IntRange(1), help="Tokens of a row; what is longer is cut, and said.  [default: 1024]"),
+    click.option("--packing", type=click.Choice([*_PACKING]), help="Lay several short rows into one; auto: measured.  [default: off]"),
+    click.option("--first", type=click.IntRange(1), help="Start small: train on the first so many rows only."),
+    click.option("--random", type=click.IntRange(1), help="Start small: on so many rows, drawn."),
+    click.option("--tokens", type=click.IntRange(1), help="Start small: on drawn rows of so many tokens together."),
     click.option("--seed", type=click.IntRange(0, 2**32 - 1), default=42, show_default=True, help="Of the split, the adapter and the order."),
     click.option("--compile", is_flag=True, help="Compile the decoder layers; pays in long runs only."),
     click.option("--set", "options", multiple=True, callback=_parse_pairs, metavar="NAME=VALUE", help="Any other option of trl.SFTConfig; may be repeated."),
@@ -250,13 +256,14 @@ def _use_yaml(context, parameter, path):
 
 # %% ../nbs/91_cli.ipynb #sft-options
 _NAMES = dict(steps="max_steps", epochs="num_train_epochs", lr="learning_rate", batch_size="per_device_train_batch_size",
-              max_length="max_length", seed="seed", checkpoint_every="save_steps", evaluate_every="eval_steps")
+              packing="packing", max_length="max_length", seed="seed", checkpoint_every="save_steps", evaluate_every="eval_steps")
 _OURS = ("output_dir", "dataset_kwargs", "remove_unused_columns")
 
 
 def _trainer_options(settings: dict, has_held_out: bool = True) -> dict:
     "The options for `SFTConfig`, tried out."
     named = {_NAMES[name]: value for name, value in settings.items() if name in _NAMES and value is not None}
+    if "packing" in named: named["packing"] = _PACKING[named["packing"]]
     extra = settings.get("options") or {}
     twice = sorted(named.keys() & extra.keys() - {"seed"})
     if twice: raise FtkitError(f"{twice[0]} is given twice: by its own option and by --set")
@@ -400,6 +407,19 @@ def _train(context, data, **settings):
         click.echo(f"{len(bad.splitlines())} bad lines left out: {run.folder / 'rejected.jsonl'}")
     return _fit(run)
 
+# %% ../nbs/91_cli.ipynb #small
+def _small(records: list[dict], settings: dict) -> list[dict]:
+    from ftkit.batches import subset
+    asked = {name: settings[name] for name in ("first", "random", "tokens") if settings.get(name)}
+    if len(asked) > 1: raise FtkitError(f"--{' and --'.join(asked)} are two ways to choose rows: give one")
+    return records if not asked or "tokens" in asked else subset(records, **asked, seed=settings["seed"])
+
+
+def _within_tokens(records: list[dict], tokens: int, tokenizer, options: dict, seed: int):
+    from ftkit.batches import subset
+    from ftkit.data import encode_data
+    return subset(encode_data(records, tokenizer, options.get("max_length", 1024)), tokens=tokens, seed=seed)
+
 # %% ../nbs/91_cli.ipynb #train-on
 def _plain(settings: dict) -> dict:
     "Settings as YAML can hold them; `--config` reads them back."
@@ -411,7 +431,9 @@ def _new_run(records, held_out, settings: dict):
     options = _trainer_options(settings, bool(held_out))
     from ftkit.train import Run, _check_name
     _check_name(settings["name"])
+    records, part = _small(records, settings), settings.get("tokens")
     model, tokenizer = _load(settings)
+    if part: records = _within_tokens(records, part, tokenizer, options, settings["seed"])
     places = {name: settings[name] for name in ("name", "root", "allow", "compile")}
     return Run(model, tokenizer, records, held_out or None, facts=dict(command=_command(model, options, settings)), **places, **options)
 
@@ -422,6 +444,7 @@ def _command(model, options: dict, settings: dict) -> dict:
     filled, typed, adapter = _repeatable(model, options), settings["options"], getattr(model, "peft_config", {}).get("default")
     named = {name: filled[option] for name, option in _NAMES.items() if option in filled and option not in typed}
     rest = {option: value for option, value in filled.items() if option in typed or option not in _NAMES.values()}
+    if "packing" in named: named["packing"] = next(word for word, value in _PACKING.items() if value == named["packing"])
     alpha = adapter.lora_alpha if adapter else None
     return _plain({**settings, **named, "alpha": alpha, "dtype": str(model.config.dtype).removeprefix("torch."), "options": rest})
 

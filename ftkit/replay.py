@@ -226,6 +226,10 @@ def _verdict(folder: Path, run: Run) -> str:
     if device.type != "cpu" and apart <= TOLERANCE: return "\n".join([*lines, f"The weights {told}, within the tolerance of {TOLERANCE:g} on {device.type}."])
     return "\n".join([*lines, f"NOT EQUAL: the weights {told}{_other_circumstances(_read_config(folder), device)}.", _OTHERS])
 
+# %% ../nbs/00d_replay.ipynb #first-batch
+def _first_batch(folder: Path) -> int | None:
+    return next((_given(event, "batch", int) for event in read_journal(folder) if event.get("what") == "plan"), None)
+
 # %% ../nbs/00d_replay.ipynb #replay
 def replay(
     folder: str | Path | Run,  # of a run that has ended
@@ -235,15 +239,15 @@ def replay(
     quiet: bool = False,  # print the verdict only
 ) -> Run:  # the new run
     "Repeat a run without hands: each action at its step, to the same end. Prints both hashes of the weights and whether they are equal."
-    folder = Path(getattr(folder, "folder", folder))
+    source, folder = getattr(folder, "source", None), Path(getattr(folder, "folder", folder))
     config, line = _read_config(folder), timeline(read_journal(folder))
     if line.end is None: raise FtkitError(f"{folder} has not come to its end, so there is nothing to repeat yet: resume it, or wait, or stop it")
     options, parts = _first_options(config["options"], line), _beginning(folder, line.start)
     if model is None and not _is_named(config["model"]["name"]): raise FtkitError(f"the model of {folder} was made in memory: give replay the model")
     new = _make_folder(folder.parent, name or f"{folder.name}-replay")
-    _copy_parts(folder, new, parts, name=new.name, options=options, replay_of=folder.name)
+    _copy_parts(folder, new, parts, name=new.name, options=options, replay_of=folder.name, rows_per_step=_first_batch(folder))
     for begin, end in pairwise([*sorted({line.start, *line.options}), line.end]):
-        run = Run.open(new, model, tokenizer, quiet=quiet, **line.options.get(begin, {}))
+        run = Run.open(new, model, tokenizer, quiet=quiet, data=source, **line.options.get(begin, {}))
         run._script = line._between(begin, end)
         model, tokenizer = run.fit().model, run.tokenizer
         if run.step != end: raise FtkitError(f"the replay {new} was {run.state} at step {run.step}, not {end}")
@@ -410,6 +414,7 @@ def prove_resume(
     place = Path(getattr(run, "folder", run))
     if type(steps) is not int or steps < 2: raise FtkitError(f"prove_resume needs at least 2 steps, a whole number, one before the save and one after it; got {steps!r}")
     if getattr(run, "is_training", False): raise FtkitError(f"{place} is being trained: wait for it or stop it first")
+    if _read_config(place)["data"].get("live"): raise FtkitError(f"{place} was trained on a dataset that makes its rows in this process, and prove_resume works in a fresh one")
     on_cpu = _read_config(place)["model"]["device"] == "cpu"
     with tempfile.TemporaryDirectory(prefix="ftkit-") as temporary:
         straight, halves = Path(temporary, "straight"), Path(temporary, "halves")

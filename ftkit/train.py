@@ -43,14 +43,14 @@ from transformers import TrainerCallback
 from transformers.trainer_callback import ExportableState, PrinterCallback
 from trl import SFTConfig, SFTTrainer
 
-from .batches import ORDERS, StepRows, StepSampler, collate_rows
+from .batches import ORDERS, StepRows, StepSampler, collate_rows, freeze_rows, makes_rows, plan_steps
 from .checkpoint import checkpoints, load_optimizer, load_rng, newest_checkpoint, paged_again, remove_folder, rng_state, save_optimizer, save_rng, set_aside, set_rng_state, sweep_temporary, verify_folder, write_folder
 from .control import Control, RemoteControl, confirmation, damaged_lines, read_journal, send, utc_now
 from .core import cache_dir, pick_device, pick_dtype, require, write_atomic
 from .data import FtkitError, collate, encode_data, encode_prompt, fingerprint, load_records, printable
 from .lens import lens
 from .lock import hold_run
-from .loss import LossPlan, compile_layers, loss_plan, loss_sum, trained_tokens, uncompile_layers
+from .loss import LossPlan, compile_layers, loss_plan, loss_sum, packing_problem, trained_tokens, uncompile_layers
 from .models import _base, _is_rewritten, base_fingerprint, base_name, generate, load_model, quantization
 from .preflight import FINDINGS, preflight
 from .report import write_model_card
@@ -178,7 +178,7 @@ def _settle_conflicts(options: dict, given: dict) -> dict:
 
 _ENCODED = "the rows are encoded by ftkit.data.encode_data, not by TRL"
 OTHER_WAYS = dict(
-    packing=(False, _ENCODED), padding_free=(False, _ENCODED), eval_packing=(None, _ENCODED), assistant_only_loss=(False, _ENCODED),
+    padding_free=(False, _ENCODED), eval_packing=(None, _ENCODED), assistant_only_loss=(False, _ENCODED),
     completion_only_loss=(None, _ENCODED), truncation_mode=("keep_start", _ENCODED), chat_template_path=(None, "set tokenizer.chat_template before the rows are encoded"),
     pad_to_multiple_of=(None, "rows are padded to the longest of their batch"), torch_compile=(False, "give compile=True"),
     save_only_model=(False, "a checkpoint always holds what a resume needs"), resume_from_checkpoint=(None, "use Run.open(folder)"),
@@ -239,7 +239,7 @@ def _beside_training(own):
 # %% ../nbs/00c_train.ipynb #sft-config
 def _sft_config(model, folder, has_held_out: bool, options: dict, own=None) -> SFTConfig:
     "The options as TRL takes them; `model` is None where it is not loaded yet."
-    given = {name: value for name, value in options.items() if name not in OWN_OPTIONS}
+    given = {name: value for name, value in options.items() if name not in (*OWN_OPTIONS, "packing")}
     unknown = sorted(set(given) - set(SFTConfig.__dataclass_fields__))
     if unknown: raise FtkitError(f"unknown option {unknown[0]!r}: Run takes the options of trl.SFTConfig, for example learning_rate, max_steps, save_steps")
     _check_values(given), _check_own(options)
@@ -345,6 +345,7 @@ class Trainer(SFTTrainer):
         self._sampler = self._make_sampler()
         self.remove_callback(PrinterCallback)
         self.trl_loss = self.args.loss_type != "nll" or self.args.label_smoothing_factor > 0 or self.aux_loss_enabled
+        if self.trl_loss and run._capacity(): raise FtkitError("packing keeps samples apart in ftkit's own loss only, and these options (loss_type, label_smoothing_factor, an auxiliary loss) need TRL's: leave packing out")
         if self.trl_loss: run.say("TRL's own loss is used: loss_type, label_smoothing_factor and auxiliary losses are its")
 
 # %% ../nbs/00c_train.ipynb #forwards-restored
@@ -364,12 +365,12 @@ def _forwards_restored(model):
 def compute_loss(
     self: Trainer,
     model: torch.nn.Module,  # as the trainer wraps it
-    inputs: dict,  # input_ids, attention_mask, labels; each (rows, length)
+    inputs: dict,  # input_ids, attention_mask, labels, and position_ids where it is packed; each (rows, length)
     return_outputs: bool = False,  # asked for by Hugging Face's evaluation only
     num_items_in_batch=None,  # trained tokens of the whole optimizer step
 ):
     "Sum over the micro-batch's trained tokens, divided by the trained tokens of the whole step: any split gives the same gradient."
-    batch = {k: inputs[k] for k in ("input_ids", "attention_mask", "labels")}
+    batch = {k: inputs[k] for k in ("input_ids", "attention_mask", "labels", "position_ids") if k in inputs}
     if self.model.training: self.run._count(batch)
     if return_outputs or self.trl_loss: return super(Trainer, self).compute_loss(model, inputs, return_outputs, num_items_in_batch)
     count = trained_tokens(batch["labels"]) if num_items_in_batch is None else num_items_in_batch
@@ -416,7 +417,7 @@ def _plan_seed(self: Trainer) -> int: return self.args.seed if self.args.data_se
 @patch
 def _make_sampler(self: Trainer) -> StepSampler:
     args = self.args
-    return StepSampler(self.run.lengths(), self.run.batch, args.gradient_accumulation_steps, self._plan_seed(), args.train_sampling_strategy, args.dataloader_drop_last)
+    return StepSampler(self.run.lengths(), self.run.batch, args.gradient_accumulation_steps, self._plan_seed(), args.train_sampling_strategy, args.dataloader_drop_last, self.run._capacity())
 
 # %% ../nbs/00c_train.ipynb #trainer-loader
 @patch
@@ -427,7 +428,7 @@ def get_train_dataloader(
     args = self.args
     workers = dict(num_workers=args.dataloader_num_workers, persistent_workers=args.dataloader_persistent_workers, prefetch_factor=args.dataloader_prefetch_factor,
                    multiprocessing_context=args.dataloader_multiprocessing_context, in_order=args.dataloader_in_order)
-    loader = torch.utils.data.DataLoader(StepRows(self.train_dataset, self._sampler.seed), batch_sampler=self._sampler, collate_fn=self.data_collator,
+    loader = torch.utils.data.DataLoader(StepRows(self.train_dataset if self.run.source is None else self.run.source, self._sampler.seed, args.max_length), batch_sampler=self._sampler, collate_fn=self.data_collator,
                                          pin_memory=args.dataloader_pin_memory, generator=torch.Generator(), **workers)
     return self.accelerator.prepare(loader)
 
@@ -829,7 +830,7 @@ class Run:
         self,
         model: torch.nn.Module,  # a transformers model, or a PEFT model around one: what is trainable is trained
         tokenizer,  # its tokenizer
-        data,  # training rows: a file, records, or a `datasets.Dataset` encoded by `encode_data`
+        data,  # training rows: a file, records, a `datasets.Dataset` encoded by `encode_data`, or a dataset that makes encoded rows when asked
         held_out=None,  # rows for the held-out loss, likewise; None for none
         name: str = "run",  # folder under `root`; a number is added if it is taken
         root: str | Path = "runs",  # where run folders are made
@@ -846,8 +847,8 @@ class Run:
     ):
         prompts = _first_records(held_out) if prompts is None else list(prompts)
         options = _repeatable(model, options | _own_options(rate_factors=rate_factors, on_out_of_memory=on_out_of_memory, dry_pass=dry_pass))
-        limit = options["max_length"]
-        data, held_out = _encoded(data, tokenizer, limit), None if held_out is None else _encoded(held_out, tokenizer, limit)
+        limit, self.source = options["max_length"], data if makes_rows(data) else None  # source: what makes the rows, where they are made when fetched
+        data, held_out = _frozen(self.source, options) if self.source is not None else _encoded(data, tokenizer, limit), None if held_out is None else _encoded(held_out, tokenizer, limit)
         self._take_in(model, tokenizer, data, held_out, prompts, allow, compile, callbacks, quiet, options)
         self._attach(_make_folder(root, name))
         self._write_data()
@@ -857,6 +858,11 @@ class Run:
 def _encoded(data, tokenizer, max_length: int):
     if {"input_ids", "labels", "length", "cut"} <= set(getattr(data, "column_names", None) or ()): return data
     return encode_data(load_records(data), tokenizer, max_length)
+
+
+def _frozen(source, options: dict):
+    seed = options.get("data_seed")
+    return freeze_rows(source, options["seed"] if seed is None else seed, options["max_length"])
 
 
 def _first_records(held_out, count: int = 3) -> list[dict]:
@@ -882,6 +888,7 @@ def _take_in(self: Run, model, tokenizer, data, held_out, prompts, allow, compil
     self._preflight()
     if note: self.say(note)
     with _undisturbed(model): self.plan = loss_plan(model)
+    self._settle_packing()
     if options.get("neftune_noise_alpha"): self.plan = self.plan.without_prefix("NEFTune draws noise for each row")
 
 # %% ../nbs/00c_train.ipynb #lengths
@@ -891,6 +898,54 @@ def lengths(
 ) -> list[int]:  # tokens of each row
     "How long the training rows are."
     return list(self.data["length"])
+
+# %% ../nbs/00c_train.ipynb #packing
+@patch
+def _capacity(self: Run) -> int | None:
+    "Tokens of a packed row; None where rows are padded."
+    return (self.options.get("max_length") or max(self.lengths())) if self.options.get("packing") is True else None
+
+
+@patch
+def _is_flat(self: Run) -> bool: return "flash" in str(_base(self.model).config.get_text_config()._attn_implementation)
+
+
+@patch
+def _settle_packing(self: Run):
+    "Refuse packing where it would be wrong; where it is left to ftkit, choose."
+    asked = self.options.get("packing", False)
+    if asked not in (True, False, "auto"): raise FtkitError(f"packing is {asked!r}: it is true, false or 'auto'")
+    if not asked: return
+    noise = "NEFTune's noise is scaled by the length of a row" if self.options.get("neftune_noise_alpha") else None
+    problem = noise or packing_problem(self.model, self.plan, self._is_flat())
+    if problem and asked is True: raise FtkitError(f"packing=True: {problem}; leave packing out")
+    self.options["packing"], why = (False, problem) if problem else (True, "asked for") if asked is True else self._try_packing()
+    self.say(f"packing {'on' if self.options['packing'] else 'off'}: {why}")
+
+# %% ../nbs/00c_train.ipynb #try-packing
+@patch
+def _seconds_of(self: Run, sampler: StepSampler, step: int) -> float:
+    "Forward and backward of one step, without the optimizer."
+    rows, device, spent = StepRows(self.data, sampler.seed), next(self.model.parameters()).device, []
+    parts = [part for part in list(sampler)[step * sampler.parts:(step + 1) * sampler.parts] if part]
+    for _ in range(2):
+        began = time.perf_counter()
+        for part in parts: loss_sum(self.model, {k: v.to(device) for k, v in collate_rows(rows.__getitems__(part), self.tokenizer.pad_token_id, self._is_flat()).items()}, self.plan).backward()
+        if device.type == "cuda": torch.cuda.synchronize(device)
+        spent.append(time.perf_counter() - began)
+    self.model.zero_grad()
+    return min(spent)
+
+
+@patch
+def _try_packing(self: Run) -> tuple[bool, str]:
+    lengths, parts, own = self.lengths(), self.options.get("gradient_accumulation_steps", 1), rng_state()
+    steps = [sum(lengths[row] for row in rows) for rows in plan_steps(lengths, self.batch, 0)]
+    median = sorted(range(len(steps)), key=steps.__getitem__)[len(steps) // 2]
+    limits = (None, self.options.get("max_length") or max(lengths))
+    padded, packed = (self._seconds_of(StepSampler(lengths, self.batch, parts, 0, capacity=limit), median) for limit in limits)
+    set_rng_state(own)
+    return packed < padded, f"a step takes {padded:.3g} s padded and {packed:.3g} s packed here"
 
 # %% ../nbs/00c_train.ipynb #check-trainable
 def _check_trainable(model):
@@ -1021,7 +1076,9 @@ def _data_facts(data) -> dict | None:
     if data is None: return None
     rows = (labels for part in data.select_columns(["labels"]).with_format("numpy").iter(1024) for labels in part["labels"])
     trained = sum(int((labels[1:] != -100).sum()) for labels in rows)
-    return dict(rows=len(data), tokens=int(sum(data["length"])), trained_tokens=trained, sha256=fingerprint(data))
+    made_of = data.info.description or ""
+    mixed = dict(made_of=made_of) if made_of.startswith("a mixture (seed ") else {}  # by ftkit.batches.mix
+    return dict(rows=len(data), tokens=int(sum(data["length"])), trained_tokens=trained, sha256=fingerprint(data), **mixed)
 
 # %% ../nbs/00c_train.ipynb #tokenizer-facts
 def _tokenizer_facts(tokenizer) -> dict[str, str]:
@@ -1088,7 +1145,7 @@ def _write_config(self: Run, facts: dict):
         name=self.folder.name, id=self._id, created=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         model=dict(name=base_name(self.model) or type(self.model).__name__, dtype=str(weight.dtype).removeprefix("torch."), device=str(weight.device), quantize=quantization(self.model), base_sha256=_base_fingerprint(self.model), **sizes),
         method=_method(self.model), adapter=_adapter_facts(self.model), frozen=_frozen_parts(self.model), machine=_machine(weight.device),
-        tokenizer=_tokenizer_facts(self.tokenizer), data=_data_facts(self.data), held_out=_data_facts(self.held_out),
+        tokenizer=_tokenizer_facts(self.tokenizer), data=_data_facts(self.data) | ({} if self.source is None else dict(live=True)), held_out=_data_facts(self.held_out),
         options=self.options, compile=self.compile, allow=list(self.allow), rows_per_step=self.batch, loss=self.plan.reason, attention=self.plan.attention, versions=_versions(),
     )
     self._ids = {self._id}
@@ -1129,7 +1186,7 @@ def _make_trainer(self: Run) -> Trainer:
         return Trainer(
             self, self.plan, model=self.model, args=args,
             train_dataset=self.data, eval_dataset=self.held_out, processing_class=self.tokenizer,
-            data_collator=partial(collate_rows, pad_token_id=self.tokenizer.pad_token_id), callbacks=[_FirstCheckpoint(self), _Edges(self), *self.callbacks],
+            data_collator=partial(collate_rows, pad_token_id=self.tokenizer.pad_token_id, flat=self._is_flat()), callbacks=[_FirstCheckpoint(self), _Edges(self), *self.callbacks],
         )
 
 # %% ../nbs/00c_train.ipynb #too-big
@@ -1138,7 +1195,7 @@ def _too_big(self: Run) -> bool:
     "Whether the longest micro-batch needs gradient checkpointing; says so."
     weight = next(p for p in self.model.parameters() if p.is_floating_point())
     rows = self.options["per_device_train_batch_size"]
-    need, free = activation_bytes(self.model.config, rows * max(self.data["length"]), weight.element_size()), _free_memory(weight.device)
+    need, free = activation_bytes(self.model.config, rows * (self._capacity() or max(self.lengths())), weight.element_size()), _free_memory(weight.device)
     free -= 3 * sum(p.nbytes for p in _trained(self.model))  # gradients and Adam's two moments come first
     if need > 0.8 * free: self.say(f"gradient checkpointing on: the longest batch needs about {need / 2**30:.1f} GiB, {max(free, 0) / 2**30:.1f} GiB are free for it")
     return need > 0.8 * free
@@ -1723,7 +1780,7 @@ def _begin(self: Run, checkpoint: Path | None):
 # %% ../nbs/00c_train.ipynb #planned
 @patch
 def _planned(self: Run, args, state):
-    plan = {name: value for name, value in self.trainer.position().items() if name in ("batch", "seed", "order")}
+    plan = {name: value for name, value in self.trainer.position().items() if name in ("batch", "seed", "order")} | ({"packing": True} if self._capacity() else {})
     self.journal.write("plan", step=state.global_step, tokens=self.tokens, total=state.max_steps, epochs=state.num_train_epochs,
                        rows=len(self.data), **plan, device=str(args.device))
 
@@ -2158,6 +2215,7 @@ def _detach(self: Run, paused: bool) -> "Run":
     self._check_model()
     self._check_changes()
     if not _is_named(_read_config(self.folder)["model"]["name"], self.model): raise FtkitError("start(detached=True) loads the model anew by its name, and this one was made in memory: save it to a folder and load it from there")
+    if self.source is not None: raise FtkitError("start(detached=True) cannot take along a dataset that makes its rows in this process: train with start()")
     if self.callbacks: raise FtkitError("start(detached=True) cannot take callbacks along, which are objects of this process: train with start(), or leave them away")
     if checkpoints(self.folder):
         with self._locked(): pass  # nobody trains it
@@ -2237,7 +2295,7 @@ def _branch(self: Run, at, name, options: dict) -> "Run":
     folder = _make_folder(self.folder.parent, name)
     self._copy_to(folder, at)
     self.journal.write("branch", step=at, tokens=self.tokens, into=folder.name)
-    return Run.open(folder, self.model, self.tokenizer, tuple(self.callbacks), self.quiet, self._changes.allow if self._changes else (), **options)
+    return Run.open(folder, self.model, self.tokenizer, tuple(self.callbacks), self.quiet, self._changes.allow if self._changes else (), self.source, **options)
 
 # %% ../nbs/00c_train.ipynb #stop-elsewhere
 @patch
@@ -2288,6 +2346,7 @@ def open(
     callbacks: tuple = (),  # Hugging Face `TrainerCallback`s; they are not saved with a run
     quiet: bool = False,  # print nothing
     allow: tuple[str, ...] | str = (),  # what may differ from what the run was trained with, of `CHANGES`
+    data=None,  # the dataset, where it makes its rows when they are fetched (the folder holds all others)
     **options,  # of `SFTConfig`; they win over the saved ones
 ) -> Run:  # `fit` goes on where the newest sound checkpoint or snapshot is
     "Take up a run from its folder. Raises `FtkitError` if there is nothing to go on from, or if its base or its rows were changed."
@@ -2297,15 +2356,13 @@ def open(
     _check_further(folder, config, _step_of(checkpoint), options)
     if tokenizer is None: tokenizer = _read_tokenizer(folder)
     model = _model_of(folder, config, checkpoint, model, options)
-    data, held_out, prompts = _read_data(folder, config)
-    changes = _compare(folder, allow, config, checkpoint, model, tokenizer, data, held_out)
     run = cls.__new__(cls)
+    run.source, (data, held_out, prompts) = _source_again(folder, config, data), _read_data(folder, config)
+    changes = _compare(folder, allow, config, checkpoint, model, tokenizer, data, held_out)
     run._take_in(model, tokenizer, data, held_out, prompts, config["allow"], config["compile"], callbacks, quiet, {**config["options"], **options})
     run._attach(folder)
     run._check_model()
-    with run._model_lock:
-        load_weights(model, checkpoint)
-        run._hold_model()
+    with run._model_lock: load_weights(model, checkpoint), run._hold_model()
     run.step, run.origin = _step_of(checkpoint), config.get("parent", {}).get("step", 0)
     run._note_changes(config, options, changes), run._tell_damaged()
     return run
@@ -2428,7 +2485,7 @@ def _note_changes(self: Run, config: dict, options: dict, changes: "_Changes"):
 # %% ../nbs/00c_train.ipynb #keep-batch
 @patch
 def _keep_batch(self: Run, config: dict, options: dict):
-    if not {"per_device_train_batch_size", "gradient_accumulation_steps"} & set(options): self.batch = config.get("rows_per_step", self.batch)
+    if not {"per_device_train_batch_size", "gradient_accumulation_steps"} & set(options): self.batch = config.get("rows_per_step") or self.batch
 
 # %% ../nbs/00c_train.ipynb #read-config
 _CONFIG = dict(name=str, model=dict, method=str, data=dict, options=dict, allow=list, compile=bool, loss=str, versions=dict)
@@ -2503,6 +2560,16 @@ def _read_data(folder: Path, config: dict):
     data, held_out = _read_rows(place / "train.parquet"), _read_rows(place / "held_out.parquet") if config["held_out"] else None
     try: return data, held_out, [json.loads(line) for line in (place / "prompts.jsonl").read_text(encoding="utf-8").split("\n") if line]
     except (OSError, ValueError) as error: raise FtkitError(f"{place / 'prompts.jsonl'} cannot be read: {printable(error)[:200]}") from error
+
+# %% ../nbs/00c_train.ipynb #source
+def _source_again(folder: Path, config: dict, data):
+    "The live dataset of a run that had one, checked."
+    if not config["data"].get("live"):
+        if data is not None: raise FtkitError(f"{folder} holds its own rows: leave data out")
+        return None
+    if data is None: raise FtkitError(f"{folder} was trained on a dataset that makes its rows when they are fetched: give it again, Run.open({str(folder)!r}, data=...)")
+    if not makes_rows(data) or fingerprint(_frozen(data, config["options"])) != config["data"].get("sha256"): raise FtkitError(f"the dataset given is not the one that {folder} was started with: it makes other rows")
+    return data
 
 # %% ../nbs/00c_train.ipynb #read-tokenizer
 def _read_tokenizer(folder: Path):

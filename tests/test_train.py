@@ -243,7 +243,7 @@ def test_weights_that_peft_would_not_save_are_refused(tmp_path):
 
 
 def test_options_that_would_do_nothing_are_refused(tmp_path):
-    for option in (dict(packing=True), dict(torch_compile=True), dict(pad_to_multiple_of=8), dict(eval_steps=-1, eval_strategy="never")):
+    for option in (dict(padding_free=True), dict(packing="yes"), dict(torch_compile=True), dict(pad_to_multiple_of=8), dict(eval_steps=-1, eval_strategy="never")):
         with pytest.raises(FtkitError):
             new_run(tmp_path, **option)
     assert not list(tmp_path.iterdir())
