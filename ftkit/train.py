@@ -385,7 +385,7 @@ def get_batch_samples(
     *args,  # as in Hugging Face's trainer
 ):
     "Hugging Face's own, timed."
-    self.run._watch.begin()
+    self.run._step_watch.begin()
     with self.run._timed("data"): return super(Trainer, self).get_batch_samples(*args)
 
 # %% ../nbs/00c_train.ipynb #trainer-step-time
@@ -813,8 +813,8 @@ class _Edges(TrainerCallback):
         self.run.seconds, self.run._spent["optimizer"] = self.run.seconds + now - self.run._began, self.run._spent["optimizer"] + now - self._entered
 
     def on_step_end(self, args, state, control, **kwargs):
-        self.run._mark(), self.run._watch.done(), self.run._whole.release()
-        if self.run._watch.told: self.run._tell_alarm("hang", f"step {state.global_step} came to its end", over=True)
+        self.run._mark(), self.run._step_watch.done(), self.run._whole.release()
+        if self.run._step_watch.told: self.run._tell_alarm("hang", f"step {state.global_step} came to its end", over=True)
 
     def on_substep_end(self, args, state, control, **kwargs): self.run._edge(between_micro_batches=True)
 
@@ -988,7 +988,7 @@ def _attach(self: Run, folder: Path):
     self._begun, self._gate, self._model_lock, self._branching = threading.Event(), threading.Lock(), _lock_of(self.model), threading.Lock()
     self._waits, self._fitting = False, False  # to begin paused; in `_train`
     self._micro_batches, self._whole, self._again, self._dry, self._listens = [], threading.Lock(), False, False, False
-    self._watch, self._unsaved, self._complained = Watch(self._tell_hang), None, False  # unsaved: why the last save failed, and when
+    self._step_watch, self._unsaved, self._complained = Watch(self._tell_hang), None, False  # unsaved: why the last save failed, and when
     self._spent, self._told, self._peak = dict.fromkeys((*TIMES, "paused"), 0.0), dict.fromkeys(TIMES, 0.0), 0
 
 # %% ../nbs/00c_train.ipynb #run-properties
@@ -1508,13 +1508,13 @@ def _snapshots(self: Run) -> list[int]: return sorted({*self._ring.steps(), *map
 def _edge(self: Run, between_micro_batches: bool = False) -> bool:
     "Called by the loop at each edge; carries out what was asked for, waits while paused. True if training is to end."
     self.step, entered = self.trainer.state.global_step, time.perf_counter()
-    self._watch.rest()
+    self._step_watch.rest()
     if not between_micro_batches: self._prepare_edge()
     self._take(between_micro_batches)
     if self.state == "paused": self._hold(between_micro_batches)
     waited = time.perf_counter() - entered
     self._began += waited  # waiting is not training
-    if between_micro_batches: self._watch.begin()
+    if between_micro_batches: self._step_watch.begin()
     self._tell_journal()
     return self._is_ending and not between_micro_batches
 
@@ -1617,8 +1617,8 @@ def fit(
 def _train(self: Run):
     self._check_model()
     self._check_changes()
-    self._watch = Watch(self._tell_hang)
-    with self._locked(), _forwards_restored(self.model), self._beside_others(), self._watch.watching(), self._model_lock:
+    self._step_watch = Watch(self._tell_hang)
+    with self._locked(), _forwards_restored(self.model), self._beside_others(), self._step_watch.watching(), self._model_lock:
         self._fitting, self._worker = True, threading.current_thread()
         self._hold_model()
         try: self._train_locked()
@@ -1975,11 +1975,20 @@ def _longest(self: Run, data, rows: int):
 
 # %% ../nbs/00c_train.ipynb #try-step
 @patch
+def _largest(self: Run) -> dict:
+    "The micro-batch that needs most memory: the longest rows, or the fullest of the packed ones."
+    if self._capacity() is None:
+        rows = self._longest(self.data, self.options["per_device_train_batch_size"])
+        return collate([rows[i] for i in range(len(rows))], self.tokenizer.pad_token_id)
+    rows, parts = StepRows(self.data, self.trainer._sampler.seed), [part for part in self.trainer._make_sampler() if part][:50]
+    return max((self.trainer.data_collator(rows.__getitems__(part)) for part in parts), key=lambda batch: batch["input_ids"].numel())
+
+
+@patch
 def _try_step(self: Run):
-    "The longest micro-batch, with gradients and the optimizer's state in place; the weights are moved."
+    "The largest micro-batch, with gradients and the optimizer's state in place; the weights are moved."
     trainer, optimizer = self.trainer, _bare(self.trainer.optimizer)
-    rows = self._longest(self.data, self.options["per_device_train_batch_size"])
-    batch = trainer._prepare_inputs(collate([rows[i] for i in range(len(rows))], self.tokenizer.pad_token_id))
+    batch = trainer._prepare_inputs(self._largest())
     for first in (True, False):
         trainer.training_step(trainer.model_wrapped, dict(batch), trained_tokens(batch["labels"]))
         if first and not optimizer.state: optimizer.step()
