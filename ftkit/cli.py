@@ -189,7 +189,7 @@ _TRAINING_OPTIONS = [
     click.option("--tokens", type=click.IntRange(1), help="Start small: on drawn rows of so many tokens together."),
     click.option("--seed", type=click.IntRange(0, 2**32 - 1), default=42, show_default=True, help="Of the split, the adapter and the order."),
     click.option("--compile", is_flag=True, help="Compile the decoder layers; pays in long runs only."),
-    click.option("--set", "options", multiple=True, callback=_parse_pairs, metavar="NAME=VALUE", help="Any other option of trl.SFTConfig; may be repeated."),
+    click.option("--set", "options", multiple=True, callback=_parse_pairs, metavar="NAME=VALUE", help="Any other option of trl.SFTConfig, or on_out_of_memory=halve; may be repeated."),
 ]
 
 # %% ../nbs/91_cli.ipynb #run-options
@@ -275,7 +275,7 @@ def _trainer_options(settings: dict, has_held_out: bool = True) -> dict:
 def _try_options(options: dict, has_held_out: bool):
     from trl import SFTConfig
     from ftkit import train
-    bad = [name for name in options if name in _OURS or name not in SFTConfig.__dataclass_fields__]
+    bad = [name for name in options if name in _OURS or name not in SFTConfig.__dataclass_fields__ and name not in ("on_out_of_memory", "dry_pass")]
     if bad: raise FtkitError(f"--set: {', '.join(bad)}: not an option of trl.SFTConfig" + (" that can be set here" if bad[0] in _OURS else ""))
     train._try_options(None, has_held_out, options)
 

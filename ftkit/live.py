@@ -482,7 +482,7 @@ def blocked(
     "Why controls are disabled."
     standing, trains = view.standing(), view.standing() in ("starting", *TRAINS)
     if trains: why = {}
-    else: why = dict.fromkeys(("stop", "checkpoint", "evaluate", "lr_set", "lr_schedule", "rewind", "sample", "chat_send"), f"the run is not training: {STATES.get(standing, standing)}")
+    else: why = dict.fromkeys(("stop", "checkpoint", "evaluate", "halve", "lr_set", "lr_schedule", "rewind", "sample", "chat_send"), f"the run is not training: {STATES.get(standing, standing)}")
     if standing in ("finished", "gone"): why["pause"] = "the run is finished" if standing == "finished" else "the run's folder is gone"
     elif not trains and not owned: why["pause"] = "to go on, open it in this kernel: run = Run.open(folder)"
     if not view.rewindable(): why.setdefault("rewind", "no earlier step is kept yet")
@@ -637,7 +637,8 @@ def _make_buttons(self: Panel):
     pause.button_style = "primary"
     return _row(pause, self._button("stop", "Stop and keep", ACTIONS["stop"], lambda: self.ask("stop"), "stop"),
                 self._button("checkpoint", "Checkpoint now", ACTIONS["checkpoint"], lambda: self.ask("checkpoint"), "save"),
-                self._button("evaluate", "Evaluate now", ACTIONS["evaluate"], lambda: self.ask("evaluate"), "line-chart"))
+                self._button("evaluate", "Evaluate now", ACTIONS["evaluate"], lambda: self.ask("evaluate"), "line-chart"),
+                self._button("halve", "Half the rows", ACTIONS["halve"], lambda: self.ask("halve"), "compress"))
 
 # %% ../nbs/04_live.ipynb #press-pause
 @patch

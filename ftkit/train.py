@@ -159,7 +159,7 @@ def _repeatable(model, options: dict) -> dict:
     return _settle_conflicts({**{k: v for k, v in default_options(model).items() if k not in of_the_machine}, **options}, options)
 
 # %% ../nbs/00c_train.ipynb #own-options
-OWN_OPTIONS = ("rate_factors", "packing", "on_out_of_memory", "dry_pass")  # of `Run`, kept in config.yaml among the options of `SFTConfig`
+OWN_OPTIONS = ("rate_factors", "on_out_of_memory", "dry_pass")  # of `Run`, kept in config.yaml among the options of `SFTConfig`
 
 
 def _own_options(**given) -> dict: return {name: value for name, value in given.items() if value is not None}
@@ -241,7 +241,7 @@ def _beside_training(own):
 # %% ../nbs/00c_train.ipynb #sft-config
 def _sft_config(model, folder, has_held_out: bool, options: dict, own=None) -> SFTConfig:
     "The options as TRL takes them; `model` is None where it is not loaded yet."
-    given = {name: value for name, value in options.items() if name not in OWN_OPTIONS}
+    given = {name: value for name, value in options.items() if name not in (*OWN_OPTIONS, "packing")}
     unknown = sorted(set(given) - set(SFTConfig.__dataclass_fields__))
     if unknown: raise FtkitError(f"unknown option {unknown[0]!r}: Run takes the options of trl.SFTConfig, for example learning_rate, max_steps, save_steps")
     _check_values(given), _check_own(options)
@@ -387,7 +387,7 @@ def get_batch_samples(
     *args,  # as in Hugging Face's trainer
 ):
     "Hugging Face's own, timed."
-    self.run._watch.begin()
+    self.run._step_watch.begin()
     with self.run._timed("data"): return super(Trainer, self).get_batch_samples(*args)
 
 # %% ../nbs/00c_train.ipynb #trainer-step-time
@@ -516,7 +516,7 @@ def _save_checkpoint(self: Trainer, model, trial=None):
     folder, best = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}", self.state.best_global_step
     if self.run._has_saved(folder) or not _is_sound(self.model): return
     if best is not None: self.state.best_model_checkpoint = str(folder.with_name(f"checkpoint-{best}"))
-    if not self.run._has_written(folder, self._write_state): return
+    if not self.run._written(folder, self._write_state): return
     self.run._publish(folder)
     self._rotate(folder)
     if self.args.push_to_hub: self._push_from_checkpoint(str(folder))
@@ -817,8 +817,8 @@ class _Edges(TrainerCallback):
         self.run.seconds, self.run._spent["optimizer"] = self.run.seconds + now - self.run._began, self.run._spent["optimizer"] + now - self._entered
 
     def on_step_end(self, args, state, control, **kwargs):
-        self.run._mark(), self.run._watch.done(), self.run._whole.release()
-        if self.run._watch.told: self.run._tell_alarm("hang", f"step {state.global_step} came to its end", over=True)
+        self.run._mark(), self.run._step_watch.done(), self.run._whole.release()
+        if self.run._step_watch.told: self.run._tell_alarm("hang", f"step {state.global_step} came to its end", over=True)
 
     def on_substep_end(self, args, state, control, **kwargs): self.run._edge(between_micro_batches=True)
 
@@ -992,7 +992,7 @@ def _attach(self: Run, folder: Path):
     self._begun, self._gate, self._model_lock, self._branching = threading.Event(), threading.Lock(), _lock_of(self.model), threading.Lock()
     self._waits, self._fitting = False, False  # to begin paused; in `_train`
     self._micro_batches, self._whole, self._again, self._dry, self._listens = [], threading.Lock(), False, False, False
-    self._watch, self._unsaved, self._complained = Watch(self._tell_hang), None, False  # unsaved: why the last save failed, and when
+    self._step_watch, self._unsaved, self._complained = Watch(self._tell_hang), None, False  # unsaved: why the last save failed, and when
     self._spent, self._told, self._peak = dict.fromkeys((*TIMES, "paused"), 0.0), dict.fromkeys(TIMES, 0.0), 0
 
 # %% ../nbs/00c_train.ipynb #run-properties
@@ -1512,13 +1512,13 @@ def _snapshots(self: Run) -> list[int]: return sorted({*self._ring.steps(), *map
 def _edge(self: Run, between_micro_batches: bool = False) -> bool:
     "Called by the loop at each edge; carries out what was asked for, waits while paused. True if training is to end."
     self.step, entered = self.trainer.state.global_step, time.perf_counter()
-    self._watch.rest()
+    self._step_watch.rest()
     if not between_micro_batches: self._prepare_edge()
     self._take(between_micro_batches)
     if self.state == "paused": self._hold(between_micro_batches)
     waited = time.perf_counter() - entered
     self._began += waited  # waiting is not training
-    if between_micro_batches: self._watch.begin()
+    if between_micro_batches: self._step_watch.begin()
     self._tell_journal()
     return self._is_ending and not between_micro_batches
 
@@ -1621,8 +1621,8 @@ def fit(
 def _train(self: Run):
     self._check_model()
     self._check_changes()
-    self._watch = Watch(self._tell_hang)
-    with self._locked(), _forwards_restored(self.model), self._beside_others(), self._watch.watching(), self._model_lock:
+    self._step_watch = Watch(self._tell_hang)
+    with self._locked(), _forwards_restored(self.model), self._beside_others(), self._step_watch.watching(), self._model_lock:
         self._fitting, self._worker = True, threading.current_thread()
         self._hold_model()
         try: self._train_locked()
@@ -1808,7 +1808,7 @@ def _mark(self: Run):
 @patch
 def _save_newest(self: Run):
     "The state after the last whole step as a checkpoint."
-    if self._marked is None or _is_gone(self.folder) or self._lock and self._lock.lost: return
+    if self._marked is None or _is_gone(self.folder) or self._lock and self._lock.lost: return  # nothing is whole, or there is no place, or it is another writer's
     random, self.tokens, self.trained = self._marked
     set_rng_state(random)
     self.trainer._save_checkpoint(self.trainer.model)
@@ -1816,8 +1816,9 @@ def _save_newest(self: Run):
 # %% ../nbs/00c_train.ipynb #advice
 def _advice(error: BaseException, run) -> str:
     on = f"the run is saved; go on with Run.open({str(run.folder)!r}).start(), or: ftkit resume {run.folder}"
-    if isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "out of memory" in str(error).lower():
+    if is_out_of_memory(error) or "out of memory" in str(error).lower():
         return f"memory ran out: take a smaller per_device_train_batch_size (and more gradient_accumulation_steps), a smaller max_length, or gradient_checkpointing=True. Then {on}"
+    if "DataLoader worker" in str(error): return f"a process that reads rows ended; if it did not have enough memory, go on with dataloader_num_workers=0. Then {on}"
     return on
 
 # %% ../nbs/00c_train.ipynb #firstcheckpoint
@@ -1962,7 +1963,7 @@ def _do_halve(self: Run, request):
     rows, accumulation = halved(*self._setting_of(request))
     self.options = {**self.options, "per_device_train_batch_size": rows, "gradient_accumulation_steps": accumulation}
     if self._changed: self._changed["options"] = self.options
-    write_atomic(self.folder / "config.yaml", _yaml(_read_config(self.folder) | dict(options=self.options)))
+    _seal(self.folder, _read_config(self.folder) | dict(options=self.options))
     self._again = True  # from this very step, split otherwise
 
 # %% ../nbs/00c_train.ipynb #wants-dry
@@ -1978,11 +1979,20 @@ def _longest(self: Run, data, rows: int):
 
 # %% ../nbs/00c_train.ipynb #try-step
 @patch
+def _largest(self: Run) -> dict:
+    "The micro-batch that needs most memory: the longest rows, or the fullest of the packed ones."
+    if self._capacity() is None:
+        rows = self._longest(self.data, self.options["per_device_train_batch_size"])
+        return collate([rows[i] for i in range(len(rows))], self.tokenizer.pad_token_id)
+    rows, parts = StepRows(self.data, self.trainer._sampler.seed), [part for part in self.trainer._make_sampler() if part][:50]
+    return max((self.trainer.data_collator(rows.__getitems__(part)) for part in parts), key=lambda batch: batch["input_ids"].numel())
+
+
+@patch
 def _try_step(self: Run):
-    "The longest micro-batch, with gradients and the optimizer's state in place; the weights are moved."
+    "The largest micro-batch, with gradients and the optimizer's state in place; the weights are moved."
     trainer, optimizer = self.trainer, _bare(self.trainer.optimizer)
-    rows = self._longest(self.data, self.options["per_device_train_batch_size"])
-    batch = trainer._prepare_inputs(collate([rows[i] for i in range(len(rows))], self.tokenizer.pad_token_id))
+    batch = trainer._prepare_inputs(self._largest())
     for first in (True, False):
         trainer.training_step(trainer.model_wrapped, dict(batch), trained_tokens(batch["labels"]))
         if first and not optimizer.state: optimizer.step()
@@ -2027,12 +2037,12 @@ def _try_out(self: Run):
     rows = self.options["per_device_train_batch_size"]
     self.journal.write("dry_pass", step=self.step, tokens=self.tokens, rows=rows, length=max(self.lengths()), took=round(time.perf_counter() - entered, 3), **self._memory())
 
-# %% ../nbs/00c_train.ipynb #published
+# %% ../nbs/00c_train.ipynb #written
 RETRY, PATIENCE = 10.0, 600.0  # seconds: until a failed save is tried again; at most, at the end, until there is room
 
 
 @patch
-def _has_written(self: Run, folder: Path, write) -> bool:
+def _written(self: Run, folder: Path, write) -> bool:
     "Write a checkpoint; where the disk does not take it, say so once."
     try:
         if _is_gone(self.folder): raise FtkitError(f"cannot write {folder}: the run's folder was removed")
@@ -2299,7 +2309,7 @@ def _branch(self: Run, at, name, options: dict) -> "Run":
     folder = _make_folder(self.folder.parent, name)
     self._copy_to(folder, at)
     self.journal.write("branch", step=at, tokens=self.tokens, into=folder.name)
-    return Run.open(folder, self.model, self.tokenizer, tuple(self.callbacks), self.quiet, self.source, self._changes.allow if self._changes else (), **options)
+    return Run.open(folder, self.model, self.tokenizer, tuple(self.callbacks), self.quiet, self._changes.allow if self._changes else (), self.source, **options)
 
 # %% ../nbs/00c_train.ipynb #stop-elsewhere
 @patch
@@ -2349,8 +2359,8 @@ def open(
     tokenizer=None,  # likewise; None: the run's own
     callbacks: tuple = (),  # Hugging Face `TrainerCallback`s; they are not saved with a run
     quiet: bool = False,  # print nothing
-    data=None,  # the dataset, where it makes its rows when they are fetched (the folder holds all others)
     allow: tuple[str, ...] | str = (),  # what may differ from what the run was trained with, of `CHANGES`
+    data=None,  # the dataset, where it makes its rows when they are fetched (the folder holds all others)
     **options,  # of `SFTConfig`; they win over the saved ones
 ) -> Run:  # `fit` goes on where the newest sound checkpoint or snapshot is
     "Take up a run from its folder. Raises `FtkitError` if there is nothing to go on from, or if its base or its rows were changed."
@@ -2368,7 +2378,7 @@ def open(
     run._check_model()
     with run._model_lock: load_weights(model, checkpoint), run._hold_model()
     run.step, run.origin = _step_of(checkpoint), config.get("parent", {}).get("step", 0)
-    run._note_changes(config, options, changes)
+    run._note_changes(config, options, changes), run._tell_damaged()
     return run
 
 # %% ../nbs/00c_train.ipynb #changes
@@ -2445,6 +2455,13 @@ def _tell_changes(self: Run):
     found, self._changes = self._changes and self._changes.found, None
     if found: self.journal.write("allowed", step=self.step, tokens=self.tokens, kinds=[*found], changes=[line for lines in found.values() for line in lines])
     for line in (line for lines in (found or {}).values() for line in lines): self.say(f"allowed: {line}")
+
+# %% ../nbs/00c_train.ipynb #tell-damaged
+@patch
+def _tell_damaged(self: Run):
+    "Name the lines of the journal that are passed over."
+    damaged = damaged_lines(self.folder)
+    if damaged: self.say(f"passed over: {damaged[0]}" + (f" and {len(damaged) - 1} more" if len(damaged) > 1 else ""))
 
 # %% ../nbs/00c_train.ipynb #check-further
 def _check_further(folder: Path, config: dict, step: int, options: dict):

@@ -61,21 +61,29 @@ def _row_number(ids: list[int], data) -> int | None:
     same_length = (number for number, length in enumerate(data["length"]) if length == len(ids))
     return next((number for number in same_length if list(data[number]["input_ids"]) == ids), None)
 
+# %% ../nbs/00c9_trouble.ipynb #samples
+def _samples(batch: dict) -> list[list[int]]:
+    "The token ids of each sample of a batch, those of a packed row apart."
+    found = []
+    for row, (ids, mask) in enumerate(zip(batch["input_ids"], batch["attention_mask"].bool())):
+        starts = (batch["position_ids"][row][mask] == 0).nonzero().flatten().tolist() if "position_ids" in batch else [0]
+        ids = ids[mask].tolist()
+        found += [ids[start:end] for start, end in zip(starts, [*starts[1:], len(ids)])]
+    return found
+
 # %% ../nbs/00c9_trouble.ipynb #name-rows
 def name_rows(
-    batch: dict,  # input_ids and attention_mask, each (rows, length)
+    batch: dict,  # input_ids, attention_mask, and position_ids where rows are packed; each (rows, length)
     data,  # the encoded rows that it was made from
     tokenizer,  # theirs
     most: int = 4,  # so many are named
 ) -> str:  # such as: row 12 "Say it backwards. stres…", row 3 "…", and 2 more
     "The rows of a batch by their number in the data and their first words, fit for a terminal."
-    names = []
-    for ids, mask in zip(batch["input_ids"][:most], batch["attention_mask"]):
-        ids = ids[mask.bool()].tolist()
+    samples, names = _samples(batch), []
+    for ids in samples[:most]:
         number, head = _row_number(ids, data), printable(tokenizer.decode(ids[:40], skip_special_tokens=True))
         names.append(f"{'a row' if number is None else f'row {number}'} \"{head[:60]}{'…' if len(head) > 60 else ''}\"")
-    more = len(batch["input_ids"]) - len(names)
-    return ", ".join(names) + (f" and {more} more" if more else "")
+    return ", ".join(names) + (f" and {len(samples) - len(names)} more" if len(samples) > len(names) else "")
 
 # %% ../nbs/00c9_trouble.ipynb #patient-journal
 class PatientJournal(Journal):

@@ -33,6 +33,7 @@ from ftkit.models import tiny_model  # noqa: E402
 from ftkit.train import Run, weights_hash  # noqa: E402
 
 torch.set_num_threads(1)
+ftkit.train.PATIENCE = 0.0  # nobody makes room here
 TOTAL = 6  # steps of every run
 WORDS = "stressed drawer lager repaid warts gums decal diaper parts regal sloops smart straw tuber live star".split()
 RECORDS = [dict(instruction="Say it backwards.", input=word, output=word[::-1]) for word in WORDS]
