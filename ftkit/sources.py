@@ -563,12 +563,13 @@ def load_data(
     columns, rejected = dict(columns or {}), None if rejected is None else Path(rejected)
     known = [name for name in FORMATS | _LAST_FORMATS if name not in ("preference", "prompt")]
     if format is not None and format not in known: raise FtkitError(f"there is no format {format!r}; there are {', '.join(known)}")
+    if not (format or columns) and _is_loaded(source): return source
     data, report = _loaded(_source_of(source, split), format, columns, skip_bad, rejected)
     if rejected is not None and report.bad:
         _copy(Path(report.rejected), rejected)
         report.rejected = str(rejected)
     if not quiet: _show(report)
-    elif report.bad: _log.warning(report.lines()[-1])
+    elif report.bad: _log.warning(printable(f"{report.name}: {report.records:,} records; {report.bad:,} left out, the first is {report.first_bad}" + f"; all are kept in {report.rejected}" * (rejected is None)))
     return data
 
 # %% ../nbs/00a1_sources.ipynb #loaded
@@ -584,6 +585,13 @@ def _loaded(source: _Source, format: str | None, columns: dict, skip_bad: bool, 
     return data, report
 
 # %% ../nbs/00a1_sources.ipynb #loaded-2
+def _is_loaded(source: object) -> bool:
+    "Whether this comes from `load_data`, and is no new table made of that: then every row was checked."
+    files = getattr(source, "cache_files", None)
+    if not isinstance(files, list) or not files or not (Path(os.environ.get("FTKIT_CACHE") or platformdirs.user_cache_dir("ftkit", appauthor=False))).exists(): return False
+    return all(Path(file["filename"]).name == "data.arrow" and Path(file["filename"]).parent.parent == _data_folder() for file in files)
+
+# %% ../nbs/00a1_sources.ipynb #loaded-3
 def _show(report: SourceReport):
     "In a notebook as a table, elsewhere on standard error."
     shell = sys.modules["IPython"].get_ipython() if "IPython" in sys.modules else None
