@@ -25,7 +25,7 @@ import click
 
 from . import __version__
 from .control import ACTIONS, confirmation, read_journal, send
-from .data import FtkitError, load_records, printable, train_test_split
+from .data import FtkitError, printable, train_test_split
 from .sources import load_data
 
 # %% ../nbs/91_cli.ipynb #exit-codes
@@ -490,7 +490,7 @@ def _export(folder, form, numbers, held_out, out):
     "Write what was trained for use elsewhere, and verify that the tuning is in it.\n\nRUNFOLDER is that of a run, an adapter or a model."
     if not folder.is_dir(): raise FtkitError(f"there is no folder {folder}")
     if form == "adapter" and numbers: raise click.UsageError("--form adapter is written as it was trained: leave out --numbers")
-    records = load_records(held_out) if held_out else None
+    records = list(load_data(held_out, skip_bad=False, quiet=True)) if held_out else None
     out = out or folder / "-".join(["export", form, *([numbers] if numbers else [])])
     from ftkit.export import export
     click.echo(f"{export(folder, out, form, numbers, records)}\n\nwritten to {out}")

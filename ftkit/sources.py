@@ -8,6 +8,7 @@ __all__ = ['SourceReport', 'load_data']
 # %% ../nbs/00a1_sources.ipynb #exported-imports
 import contextlib
 import csv
+import datetime
 import hashlib
 import html
 import json
@@ -19,8 +20,6 @@ import uuid
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
-from datetime import date, datetime
-from datetime import time as clock
 from decimal import Decimal
 from functools import reduce
 from pathlib import Path
@@ -199,7 +198,7 @@ def _json_like(value: object) -> object:
     if isinstance(value, dict): return {key: _json_like(inner) for key, inner in value.items()}
     if isinstance(value, (list, tuple)): return [_json_like(inner) for inner in value]
     if hasattr(value, "tolist"): return _json_like(value.tolist())   # of NumPy
-    if isinstance(value, (date, clock, datetime)): return None if value != value else value.isoformat()
+    if isinstance(value, (datetime.date, datetime.time)): return None if value != value else value.isoformat()
     return str(value) if isinstance(value, (Decimal, uuid.UUID)) else None if type(value).__name__ == "NAType" else value
 
 # %% ../nbs/00a1_sources.ipynb #arrow-items

@@ -127,7 +127,7 @@ REFUSED = {
     "a CSV of a header": ("x.csv", b"instruction,output\n", "no record in it"),
     "an empty gzip": ("x.jsonl.gz", gzip.compress(b""), "no record in it"),
     "a gzip of no bytes": ("x.jsonl.gz", b"", "no record in it"),
-    "a gzip that breaks off": ("x.jsonl.gz", HALF[:len(HALF) // 2], r"line \d+: the gzip file breaks off"),
+    "a gzip that breaks off": ("x.jsonl.gz", HALF[:len(HALF) // 2], "the gzip file breaks off"),
     "a list whose gzip breaks off": ("x.json.gz", gzip.compress(json.dumps([GOOD] * 9).encode())[:-9], "the gzip file breaks off|not valid JSON|cannot be read on"),
     "a gzip with a wrong byte": ("x.jsonl.gz", HALF[:200] + b"\x00\x01\x02\x03" + HALF[204:], r"the file cannot be read on|breaks off|more bad records"),
     "a gzip with junk behind it": ("x.jsonl.gz", gzip.compress(LINE) + b"junk", "cannot be read on"),
