@@ -209,15 +209,15 @@ def _arrow_items(path: Path) -> Iterator[tuple[int, dict]]:
     try:
         if path.suffix.lower() == ".parquet":
             import pyarrow.parquet
-            batches = pa.parquet.ParquetFile(path).iter_batches(batch_size=256)
+            batches = pa.parquet.ParquetFile(path).iter_batches(batch_size=64)
         elif head == b"ARROW1":
             reader = pa.ipc.open_file(pa.memory_map(str(path)))
             batches = (reader.get_batch(at) for at in range(reader.num_record_batches))
         else: batches = pa.ipc.open_stream(pa.memory_map(str(path)))
         row = 0
         for batch in batches:
-            for first in range(0, len(batch), 256):
-                for row, record in enumerate(batch.slice(first, 256).to_pylist(), row): yield row, _json_like(record)
+            for first in range(0, len(batch), 64):
+                for row, record in enumerate(batch.slice(first, 64).to_pylist(), row): yield row, _json_like(record)
                 row += 1
     except (pa.ArrowException, OSError, EOFError) as error:
         kind = "Parquet" if path.suffix.lower() == ".parquet" else "Arrow"
@@ -325,9 +325,8 @@ def _from_hub(name: str, split: str | None) -> _Source:
 def _source_of(source: object, split: str | None) -> _Source:
     if not isinstance(source, (str, Path)): return _from_rows(source, split)
     if not str(source).strip(): raise FtkitError("the name of the source is empty")
-    path = Path(source).expanduser()
-    try: there = path.exists() or path.is_symlink()
-    except (OSError, ValueError) as error: raise FtkitError(f"{printable(source)}: no name of a file: {printable(error)}") from None
+    try: path = Path(source).expanduser(); there = path.exists() or path.is_symlink()
+    except (OSError, ValueError, RuntimeError) as error: raise FtkitError(f"{printable(source)}: no name of a file: {printable(error)}") from None
     if not there:
         if isinstance(source, Path) or _reader(path) or path.suffix.lower() == ".gz" or source.count("/") > 1 or source.startswith((".", "/", "~")) or "\\" in source:
             raise FtkitError(f"{printable(source)}: No such file or directory")
@@ -406,7 +405,7 @@ def _report_html(report: SourceReport) -> str:
     rows = "".join(f'<tr><th scope="row" style="text-align:left;vertical-align:top;font-weight:600">{html.escape(printable(role))}</th>'
                    f'<td style="text-align:left;white-space:pre-wrap;overflow-wrap:anywhere">{html.escape(printable(text))}</td></tr>' for role, text in report.example)
     style = "color:var(--jp-ui-font-color1,currentColor);font-family:var(--jp-ui-font-family,sans-serif);font-size:13px"
-    table = f'<table aria-label="The first record" style="margin:6px 0;border-left:3px solid rgba(46,160,67,.6);color:inherit">{rows}</table>'
+    table = f'<table aria-label="The first record" style="margin:6px 0;border-left:3px solid rgba(46,160,67,.6);color:inherit;font-size:inherit">{rows}</table>'
     return f'<div class="ftk-source" role="group" aria-label="What the data was taken for" style="{style}">{said}{table}</div>'
 
 SourceReport._repr_html_ = _report_html
@@ -445,7 +444,7 @@ def _read_into(source: _Source, writer: _Writer, rejects: object, format: str | 
                     if not tally.bad: tally.first_bad, advice = f"{where}{place} {at}: {error}", _hint(raw, error).removeprefix("; ")
                     tally.bad += 1
                     rejects.write(_reject(f"{place} {at}", error, raw, file))
-                else: writer.add(record, kinds, len(raw) if isinstance(raw, (str, bytes)) else 0)
+                else: writer.add(record, kinds, len(raw) if isinstance(raw, (str, bytes)) else _size(raw))
             writer.flush()
         except FtkitError as error:
             raise FtkitError(str(error) if str(error).startswith(f"{source.name}: ") else f"{source.name}: {where}{error}") from None
@@ -468,6 +467,12 @@ def _take(raw: object, tally: _Tally, format: str | None, columns: dict) -> tupl
     return record, kinds
 
 # %% ../nbs/00a1_sources.ipynb #take-2
+def _size(value: object) -> int:
+    "Characters, roughly."
+    if isinstance(value, (dict, list)): return 8 + sum(map(_size, value.values() if isinstance(value, dict) else value))
+    return len(value) if isinstance(value, str) else 8
+
+# %% ../nbs/00a1_sources.ipynb #take-3
 def _hint(raw: object, error: FtkitError) -> str:
     if "its fields are" not in str(error) or isinstance(error, _Unclear): return ""
     try: return "; " + _advice(json.loads(raw) if isinstance(raw, (str, bytes)) else raw)
