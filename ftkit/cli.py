@@ -25,8 +25,9 @@ import click
 
 from . import __version__
 from .control import ACTIONS, confirmation, read_journal, send
-from .data import FtkitError, load_records, printable, train_test_split
+from .data import FtkitError, printable, train_test_split
 from .untrusted import redacted
+from .sources import load_data
 
 # %% ../nbs/91_cli.ipynb #exit-codes
 DONE, FAILED, WRONG, STOPPED, REFUSED, UNHEARD, INTERRUPTED = 0, 1, 2, 3, 4, 5, 130
@@ -44,7 +45,10 @@ EXIT_CODES = {
 # %% ../nbs/91_cli.ipynb #in-options
 _TYPED = {r"\ballow='(\w+)'": r"--allow \1", r"\bany_base=True": "--any-base", r"\braise max_length\b": "raise --max-length",
           r"\bmax_steps=(\d+)": r"--steps \1", r"\bby name=\.\.\.": "by --name", r"\bheld_out=records\b": "--held-out FILE",
-          r"\b(form|numbers)='(\w+)'": r"--\1 \2"}
+          r"\b(form|numbers|format|split)='([\w.-]+)'": r"--\1 \2", r"\bcolumns=\{([^{}]*)\}": lambda found: _columns_typed(found[1])}
+
+
+def _columns_typed(pairs: str) -> str: return " ".join(f"--column {shlex.quote(f'{old}={new}')}" for old, new in re.findall("'([^']*)': '([^']*)'", pairs))
 
 
 def _in_options(line: str) -> str:
@@ -113,11 +117,12 @@ def _existing(path: Path) -> Path:
         else: return path
 
 # %% ../nbs/91_cli.ipynb #read-data
-def _read_data(path: str, held_out: int | float | None, seed: int, skip_bad: bool) -> tuple[list, list, str]:
+def _read_data(path: str, held_out: int | float | None, seed: int, skip_bad: bool, format: str | None = None, columns: tuple[str, ...] = (), split: str | None = None) -> tuple:
     "Records to train on, records held out, and the rejected lines as JSONL."
+    named = dict(pair.split("=", 1) for pair in columns)
     with tempfile.TemporaryDirectory() as temporary:
         rejected = Path(temporary) / "rejected.jsonl"
-        records = load_records(path, skip_bad=skip_bad, rejected=rejected if skip_bad else None)
+        records = load_data(path, format, named, split, skip_bad, rejected if skip_bad else None, quiet=True)
         bad = rejected.read_text(encoding="utf-8") if rejected.exists() else ""
     if held_out is None: held_out = 0.1 if len(records) >= 20 else 0
     return *train_test_split(records, held_out, seed), bad
@@ -193,7 +198,16 @@ _TRAINING_OPTIONS = [
 ]
 
 # %% ../nbs/91_cli.ipynb #run-options
+def _check_columns(context, parameter, pairs: tuple[str, ...]) -> tuple[str, ...]:
+    for pair in pairs:
+        if not all(pair.partition("=")): raise click.BadParameter(f"{pair!r} is not of the form old=new", context, parameter)
+    return pairs
+
+
 _RUN_OPTIONS = [
+    click.option("--format", help="Format of the records: messages, sharegpt, alpaca, prompt_completion or text.  [default: by their fields]"),
+    click.option("--column", "columns", multiple=True, callback=_check_columns, metavar="OLD=NEW", help="Name a column of DATA, such as question=prompt; may be repeated."),
+    click.option("--split", help="The set to take, where DATA has several."),
     click.option("--name", help="The run's folder under --root; a number is added if it is taken.  [default: the data file's name]"),
     click.option("--root", type=_FILE, default=Path("runs"), show_default=True, help="Where run folders are made."),
     click.option("--held-out", type=_CountOrShare(), help="Rows never trained on.  [default: 0.1, of 20 rows or more]"),
@@ -391,7 +405,8 @@ def _check_adapter(context):
 def _train(context, data, **settings):
     """Fine-tune a model on DATA.
 
-    DATA is a JSONL or JSON file of Alpaca or chat records.
+    DATA is a file (JSONL, JSON, CSV, TSV, Parquet, Arrow), a folder of them, or a dataset
+    on the Hub, of Alpaca, ShareGPT, chat or prompt-and-completion records, or plain text.
 
     \b
     ftkit train tickets.jsonl --steps 60 --lr 1e-3
@@ -399,9 +414,9 @@ def _train(context, data, **settings):
     """
     _check_adapter(context)
     check_writable(settings["root"])
-    records, held_out, bad = _read_data(data, settings["held_out"], settings["seed"], settings["skip_bad"])
+    records, held_out, bad = _read_data(data, settings["held_out"], settings["seed"], settings["skip_bad"], *(settings[name] for name in ("format", "columns", "split")))
     if settings["held_out"] is None: settings["held_out"] = 0.1 if held_out else 0
-    settings.update(data=os.path.abspath(data), model=_model_place(settings["model"]), name=Path(data).stem if settings["name"] is None else settings["name"])
+    settings.update(data=os.path.abspath(data) if os.path.exists(data) else data, model=_model_place(settings["model"]), name=Path(data.removesuffix(".gz")).stem if settings["name"] is None else settings["name"])
     with _telling(bad): run = _new_run(records, held_out, settings)
     if bad:
         (run.folder / "rejected.jsonl").write_text(bad, encoding="utf-8")
@@ -500,7 +515,7 @@ def _export(folder, form, numbers, held_out, out):
     "Write what was trained for use elsewhere, and verify that the tuning is in it.\n\nRUNFOLDER is that of a run, an adapter or a model."
     if not folder.is_dir(): raise FtkitError(f"there is no folder {folder}")
     if form == "adapter" and numbers: raise click.UsageError("--form adapter is written as it was trained: leave out --numbers")
-    records = load_records(held_out) if held_out else None
+    records = list(load_data(held_out, skip_bad=False, quiet=True)) if held_out else None
     out = out or folder / "-".join(["export", form, *([numbers] if numbers else [])])
     from ftkit.export import export
     click.echo(f"{export(folder, out, form, numbers, records)}\n\nwritten to {out}")

@@ -81,8 +81,10 @@ def _unique(pairs: list[tuple[str, object]]) -> dict:
 def _no_constant(name: str) -> None: raise FtkitError(f"{name} is not JSON")
 
 # %% ../nbs/00_data.ipynb #parse
+_DECODER = json.JSONDecoder(object_pairs_hook=_unique, parse_constant=_no_constant)
+
 def _parse(text: str) -> object:
-    try: return json.loads(text, object_pairs_hook=_unique, parse_constant=_no_constant)
+    try: return _DECODER.decode(text)
     except json.JSONDecodeError as error: raise FtkitError(f"not valid JSON: {error.msg} (column {error.colno})") from None
     except FtkitError: raise
     except (ValueError, RecursionError) as error: raise FtkitError(f"not valid JSON: {str(error).splitlines()[0]}") from None
@@ -237,7 +239,7 @@ def formats_of(
     record: dict,  # one record
 ) -> list[str]:  # names in `FORMATS`, or "prompt" or "text" where none of these fits
     "The formats that a record may be in; to_messages takes the first."
-    fields = plain_record(record)
+    fields = {name: value for name, value in record.items() if value is not None}
     return [name for name, (recognise, _) in FORMATS.items() if recognise(fields)] or [
         name for name, (recognise, _) in _LAST_FORMATS.items() if recognise(fields)]
 
@@ -257,7 +259,7 @@ def tools_of(
     record: dict,  # a record in one of the formats
 ) -> list[dict] | None:  # JSON schemas of the tools, as templates take them; None where there are none
     "The tools beside a conversation; raises FtkitError if they are no list of objects."
-    tools = plain_record(record).get("tools")
+    tools = _plain(record.get("tools"))
     if isinstance(tools, str):
         try: tools = _parse(tools) if tools.strip() else None
         except FtkitError as error: raise FtkitError(f"field 'tools' is {error}") from None
@@ -421,25 +423,25 @@ def _json_list(pieces: Iterable[str]) -> Iterator[tuple[int, str]]:
     if window.mark(): raise wrong("more text after the end of the list")
 
 # %% ../nbs/00_data.ipynb #one-object
-def _is_one_object(first: bytes) -> bool:
-    line = first.strip()
-    if not (line.startswith(b"{") and line.endswith((b"{", b"[", b",", b":"))): return False
-    try: json.JSONDecoder().raw_decode(line.decode("utf-8", "replace"))
-    except (ValueError, RecursionError): return True
+_HEAD = 2**20   # bytes that are looked at first
+
+def _is_one_object(head: bytes) -> bool:
+    first, _, rest = head.strip().partition(b"\n")
+    first = first.rstrip()
+    if not first.startswith(b"{") or not rest.strip() or not first.endswith((b"{", b"[", b",", b":")): return False
+    is_whole = len(head) < _HEAD - len(codecs.BOM_UTF8)
+    try:
+        if is_whole: return isinstance(json.loads(head.decode("utf-8-sig")), dict)
+        json.JSONDecoder().raw_decode(first.decode("utf-8", "replace"))
+    except (ValueError, RecursionError): return not is_whole
     return False   # a whole object, and a comma behind it
 
 # %% ../nbs/00_data.ipynb #file-items
-def _first_line(file: BinaryIO) -> bytes:
-    "The first line that is not blank, or as much of it as tells what the file is."
-    start = _read_some(file.readline, 2**16).removeprefix(codecs.BOM_UTF8)
-    while start and not start.strip(): start = _read_some(file.readline, 2**16)
-    return start.lstrip()
-
 def _file_items(path: Path) -> Iterator[tuple[int, str | bytes | _Unreadable]]:
     "Line and text of each record."
-    with _open_bytes(path) as file: first = _first_line(file)
-    if len(first) < 2**16 and _is_one_object(first): raise FtkitError("the file is one JSON object over several lines; a list of records, or one record a line, is needed")
-    with _open_bytes(path) as file: yield from _json_list(_text_pieces(file)) if first.startswith(b"[") else _lines(file)
+    with _open_bytes(path) as file: head = _read_some(file.read, _HEAD).removeprefix(codecs.BOM_UTF8)
+    if _is_one_object(head): raise FtkitError("the file is one JSON object over several lines; a list of records, or one record a line, is needed")
+    with _open_bytes(path) as file: yield from _json_list(_text_pieces(file)) if head.lstrip().startswith(b"[") else _lines(file)
 
 # %% ../nbs/00_data.ipynb #entries
 def _entries(source: object) -> tuple[str, Iterable[tuple[str, object]]]:

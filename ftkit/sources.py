@@ -8,6 +8,7 @@ __all__ = ['SourceReport', 'load_data']
 # %% ../nbs/00a1_sources.ipynb #exported-imports
 import contextlib
 import csv
+import datetime
 import hashlib
 import html
 import json
@@ -19,8 +20,6 @@ import uuid
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
-from datetime import date, datetime
-from datetime import time as clock
 from decimal import Decimal
 from functools import reduce
 from pathlib import Path
@@ -199,7 +198,7 @@ def _json_like(value: object) -> object:
     if isinstance(value, dict): return {key: _json_like(inner) for key, inner in value.items()}
     if isinstance(value, (list, tuple)): return [_json_like(inner) for inner in value]
     if hasattr(value, "tolist"): return _json_like(value.tolist())   # of NumPy
-    if isinstance(value, (date, clock, datetime)): return None if value != value else value.isoformat()
+    if isinstance(value, (datetime.date, datetime.time)): return None if value != value else value.isoformat()
     return str(value) if isinstance(value, (Decimal, uuid.UUID)) else None if type(value).__name__ == "NAType" else value
 
 # %% ../nbs/00a1_sources.ipynb #arrow-items
@@ -210,15 +209,15 @@ def _arrow_items(path: Path) -> Iterator[tuple[int, dict]]:
     try:
         if path.suffix.lower() == ".parquet":
             import pyarrow.parquet
-            batches = pa.parquet.ParquetFile(path).iter_batches(batch_size=256)
+            batches = pa.parquet.ParquetFile(path).iter_batches(batch_size=64)
         elif head == b"ARROW1":
             reader = pa.ipc.open_file(pa.memory_map(str(path)))
             batches = (reader.get_batch(at) for at in range(reader.num_record_batches))
         else: batches = pa.ipc.open_stream(pa.memory_map(str(path)))
         row = 0
         for batch in batches:
-            for first in range(0, len(batch), 256):
-                for row, record in enumerate(batch.slice(first, 256).to_pylist(), row): yield row, _json_like(record)
+            for first in range(0, len(batch), 64):
+                for row, record in enumerate(batch.slice(first, 64).to_pylist(), row): yield row, _json_like(record)
                 row += 1
     except (pa.ArrowException, OSError, EOFError) as error:
         kind = "Parquet" if path.suffix.lower() == ".parquet" else "Arrow"
@@ -326,9 +325,8 @@ def _from_hub(name: str, split: str | None) -> _Source:
 def _source_of(source: object, split: str | None) -> _Source:
     if not isinstance(source, (str, Path)): return _from_rows(source, split)
     if not str(source).strip(): raise FtkitError("the name of the source is empty")
-    path = Path(source).expanduser()
-    try: there = path.exists() or path.is_symlink()
-    except (OSError, ValueError) as error: raise FtkitError(f"{printable(source)}: no name of a file: {printable(error)}") from None
+    try: path = Path(source).expanduser(); there = path.exists() or path.is_symlink()
+    except (OSError, ValueError, RuntimeError) as error: raise FtkitError(f"{printable(source)}: no name of a file: {printable(error)}") from None
     if not there:
         if isinstance(source, Path) or _reader(path) or path.suffix.lower() == ".gz" or source.count("/") > 1 or source.startswith((".", "/", "~")) or "\\" in source:
             raise FtkitError(f"{printable(source)}: No such file or directory")
@@ -407,7 +405,7 @@ def _report_html(report: SourceReport) -> str:
     rows = "".join(f'<tr><th scope="row" style="text-align:left;vertical-align:top;font-weight:600">{html.escape(printable(role))}</th>'
                    f'<td style="text-align:left;white-space:pre-wrap;overflow-wrap:anywhere">{html.escape(printable(text))}</td></tr>' for role, text in report.example)
     style = "color:var(--jp-ui-font-color1,currentColor);font-family:var(--jp-ui-font-family,sans-serif);font-size:13px"
-    table = f'<table aria-label="The first record" style="margin:6px 0;border-left:3px solid rgba(46,160,67,.6);color:inherit">{rows}</table>'
+    table = f'<table aria-label="The first record" style="margin:6px 0;border-left:3px solid rgba(46,160,67,.6);color:inherit;font-size:inherit">{rows}</table>'
     return f'<div class="ftk-source" role="group" aria-label="What the data was taken for" style="{style}">{said}{table}</div>'
 
 SourceReport._repr_html_ = _report_html
@@ -446,7 +444,7 @@ def _read_into(source: _Source, writer: _Writer, rejects: object, format: str | 
                     if not tally.bad: tally.first_bad, advice = f"{where}{place} {at}: {error}", _hint(raw, error).removeprefix("; ")
                     tally.bad += 1
                     rejects.write(_reject(f"{place} {at}", error, raw, file))
-                else: writer.add(record, kinds, len(raw) if isinstance(raw, (str, bytes)) else 0)
+                else: writer.add(record, kinds, len(raw) if isinstance(raw, (str, bytes)) else _size(raw))
             writer.flush()
         except FtkitError as error:
             raise FtkitError(str(error) if str(error).startswith(f"{source.name}: ") else f"{source.name}: {where}{error}") from None
@@ -469,6 +467,12 @@ def _take(raw: object, tally: _Tally, format: str | None, columns: dict) -> tupl
     return record, kinds
 
 # %% ../nbs/00a1_sources.ipynb #take-2
+def _size(value: object) -> int:
+    "Characters, roughly."
+    if isinstance(value, (dict, list)): return 8 + sum(map(_size, value.values() if isinstance(value, dict) else value))
+    return len(value) if isinstance(value, str) else 8
+
+# %% ../nbs/00a1_sources.ipynb #take-3
 def _hint(raw: object, error: FtkitError) -> str:
     if "its fields are" not in str(error) or isinstance(error, _Unclear): return ""
     try: return "; " + _advice(json.loads(raw) if isinstance(raw, (str, bytes)) else raw)
@@ -563,12 +567,13 @@ def load_data(
     columns, rejected = dict(columns or {}), None if rejected is None else Path(rejected)
     known = [name for name in FORMATS | _LAST_FORMATS if name not in ("preference", "prompt")]
     if format is not None and format not in known: raise FtkitError(f"there is no format {format!r}; there are {', '.join(known)}")
+    if not (format or columns) and _is_loaded(source): return source
     data, report = _loaded(_source_of(source, split), format, columns, skip_bad, rejected)
     if rejected is not None and report.bad:
         _copy(Path(report.rejected), rejected)
         report.rejected = str(rejected)
     if not quiet: _show(report)
-    elif report.bad: _log.warning(report.lines()[-1])
+    elif report.bad: _log.warning(printable(f"{report.name}: {report.records:,} records; {report.bad:,} left out, the first is {report.first_bad}" + f"; all are kept in {report.rejected}" * (rejected is None)))
     return data
 
 # %% ../nbs/00a1_sources.ipynb #loaded
@@ -584,6 +589,13 @@ def _loaded(source: _Source, format: str | None, columns: dict, skip_bad: bool, 
     return data, report
 
 # %% ../nbs/00a1_sources.ipynb #loaded-2
+def _is_loaded(source: object) -> bool:
+    "Whether this comes from `load_data`, and is no new table made of that: then every row was checked."
+    files = getattr(source, "cache_files", None)
+    if not isinstance(files, list) or not files or not (Path(os.environ.get("FTKIT_CACHE") or platformdirs.user_cache_dir("ftkit", appauthor=False))).exists(): return False
+    return all(Path(file["filename"]).name == "data.arrow" and Path(file["filename"]).parent.parent == _data_folder() for file in files)
+
+# %% ../nbs/00a1_sources.ipynb #loaded-3
 def _show(report: SourceReport):
     "In a notebook as a table, elsewhere on standard error."
     shell = sys.modules["IPython"].get_ipython() if "IPython" in sys.modules else None

@@ -33,6 +33,7 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from uuid import uuid4
+import itertools
 
 # %% ../nbs/00c_train.ipynb #exported-imports-more
 import torch
@@ -46,7 +47,7 @@ from trl import SFTConfig, SFTTrainer
 from .checkpoint import checkpoints, load_optimizer, load_rng, newest_checkpoint, paged_again, remove_folder, rng_state, save_optimizer, save_rng, set_aside, set_rng_state, sweep_temporary, verify_folder, write_folder
 from .control import Control, RemoteControl, confirmation, damaged_lines, read_journal, send, utc_now
 from .core import cache_dir, pick_device, pick_dtype, require, write_atomic
-from .data import FtkitError, collate, encode_data, encode_prompt, fingerprint, load_records, printable
+from .data import FtkitError, collate, encode_data, encode_prompt, fingerprint, load_records, plain_record, printable, to_messages
 from .lens import lens
 from .loss import LossPlan, compile_layers, loss_plan, loss_sum, packing_problem, trained_tokens, uncompile_layers
 from .models import _base, _check_weights, _is_rewritten, base_fingerprint, base_name, generate, load_model, quantization, read_tokenizer
@@ -55,6 +56,7 @@ from .report import write_model_card
 from .untrusted import check_links, code_in, redacted
 from .batches import ORDERS, StepRows, StepSampler, collate_rows, freeze_rows, makes_rows, plan_steps
 from .lock import hold_run
+from .sources import load_data
 
 # %% ../nbs/00c_train.ipynb #exported-imports-trouble
 from .trouble import GRACE, PatientJournal, Watch, give_memory_back, halved, hearing, is_out_of_memory, name_rows, on_termination, stacks
@@ -834,7 +836,7 @@ class Run:
         self,
         model: torch.nn.Module,  # a transformers model, or a PEFT model around one: what is trainable is trained
         tokenizer,  # its tokenizer
-        data,  # training rows: a file, records, a `datasets.Dataset` encoded by `encode_data`, or a dataset that makes encoded rows when asked
+        data,  # training rows: whatever `ftkit.sources.load_data` takes (a file, a folder, records, …), a `datasets.Dataset` encoded by `encode_data`, or a dataset that makes encoded rows when asked
         held_out=None,  # rows for the held-out loss, likewise; None for none
         name: str = "run",  # folder under `root`; a number is added if it is taken
         root: str | Path = "runs",  # where run folders are made
@@ -849,6 +851,7 @@ class Run:
         quiet: bool = False,  # print nothing
         **options,  # of `trl.SFTConfig`, by their own names
     ):
+        data, held_out = _records(data), _records(held_out)
         prompts = _first_records(held_out) if prompts is None else list(prompts)
         options = _repeatable(model, options | _own_options(rate_factors=rate_factors, on_out_of_memory=on_out_of_memory, dry_pass=dry_pass))
         limit, self.source = options["max_length"], data if makes_rows(data) else None  # source: what makes the rows, where they are made when fetched
@@ -859,9 +862,17 @@ class Run:
         self._write_config(facts or {})
 
 # %% ../nbs/00c_train.ipynb #run-helpers
+def _is_encoded(data) -> bool: return {"input_ids", "labels", "length", "cut"} <= set(getattr(data, "column_names", None) or ())
+
+
+def _records(data):
+    "Checked records, the first bad one an error; encoded rows as they are."
+    if data is None or _is_encoded(data): return data
+    return load_records(data) if isinstance(data, list) else load_data(data, skip_bad=False, quiet=True)
+
+
 def _encoded(data, tokenizer, max_length: int):
-    if {"input_ids", "labels", "length", "cut"} <= set(getattr(data, "column_names", None) or ()): return data
-    return encode_data(load_records(data), tokenizer, max_length)
+    return data if _is_encoded(data) else encode_data(_records(data), tokenizer, max_length)
 
 
 def _frozen(source, options: dict):
@@ -870,8 +881,10 @@ def _frozen(source, options: dict):
 
 
 def _first_records(held_out, count: int = 3) -> list[dict]:
-    if held_out is None or "input_ids" in (getattr(held_out, "column_names", None) or ()): return []
-    return load_records(held_out)[:count]
+    "Of records; plain text has no prompt to be asked by."
+    if held_out is None or _is_encoded(held_out): return []
+    asked = (plain_record(record) for record in held_out if to_messages(record)[0]["role"] != "text")
+    return list(itertools.islice(asked, count))
 
 # %% ../nbs/00c_train.ipynb #take-in
 @patch

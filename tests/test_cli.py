@@ -242,6 +242,28 @@ def test_skip_bad(place, tmp_path):
     assert "2 bad lines left out" in result.output
 
 
+def test_a_table_whose_columns_are_named(place, tmp_path):
+    "A CSV of questions and answers: refused with the options that would do, then trained on; its config repeats it."
+    (tmp_path / "quiz.csv").write_text("question,answer\n" + "".join(f"{word}?,{word[::-1]}\n" for word in WORDS[:4]))
+    common = (tmp_path / "quiz.csv", "--root", tmp_path / "runs", "--steps", 1)
+    refused(train(*common), "quiz.csv", "--column question=prompt --column answer=completion would make it prompt and completion")
+    refused(train(*common, "--column", "question"), "'question' is not of the form old=new")
+    refused(train(*common, "--column", "question=prompt", "--column", "answer=completion", "--format", "alpaca"), "no field of format 'alpaca'")
+    result = train(*common, "--column", "question=prompt", "--column", "answer=completion")
+    assert result.exit_code == 0, result.output
+    result = train(tmp_path / "quiz.csv", "--config", tmp_path / "runs" / "quiz" / "config.yaml", "--name", "again", "--root", tmp_path / "runs")
+    assert result.exit_code == 0, result.output
+
+
+def test_plain_text_and_a_folder(place, tmp_path):
+    "Held-out text has no prompt to be asked by: the run samples nothing."
+    (tmp_path / "texts").mkdir()
+    write_lines(tmp_path / "texts" / "a.jsonl", [{"text": f"{word} is {word[::-1]}."} for word in WORDS[:6]])
+    result = train(tmp_path / "texts", "--root", tmp_path / "runs", "--steps", 1, "--held-out", 2)
+    assert result.exit_code == 0, result.output
+    assert (tmp_path / "runs" / "texts" / "data" / "prompts.jsonl").read_text() == ""
+
+
 def test_skip_bad_of_nothing_but_bad_lines(place, tmp_path):
     result = train(write_lines(tmp_path / "data.jsonl", ["{", "["]), "--root", tmp_path / "runs", "--skip-bad")
     refused(result, "no record", "2 left out")
@@ -367,7 +389,7 @@ def test_output_that_cannot_be_written(place, command, folder):
 
 def test_an_unexpected_error_is_one_line_too(place, monkeypatch):
     def broken(*arguments, **options): raise KeyError("first\nsecond")
-    monkeypatch.setattr("ftkit.cli.load_records", broken)
+    monkeypatch.setattr("ftkit.cli.load_data", broken)
     refused(train("words.jsonl"), "unexpected KeyError", "FTKIT_DEBUG=1", code=1)
     monkeypatch.setenv("FTKIT_DEBUG", "1")
     result = train("words.jsonl")
@@ -376,10 +398,10 @@ def test_an_unexpected_error_is_one_line_too(place, monkeypatch):
 
 def test_a_full_disk_and_an_interrupt(place, monkeypatch):
     def full(*arguments, **options): raise OSError(28, "No space left on device", "runs/x")
-    monkeypatch.setattr("ftkit.cli.load_records", full)
+    monkeypatch.setattr("ftkit.cli.load_data", full)
     refused(train("words.jsonl"), "runs/x: No space left on device", code=1)
     def interrupted(*arguments, **options): raise KeyboardInterrupt
-    monkeypatch.setattr("ftkit.cli.load_records", interrupted)
+    monkeypatch.setattr("ftkit.cli.load_data", interrupted)
     result = train("words.jsonl")
     assert result.exit_code == 130 and result.stderr.split("\n")[-2:] == ["ftkit: interrupted", ""]
 

@@ -127,7 +127,7 @@ REFUSED = {
     "a CSV of a header": ("x.csv", b"instruction,output\n", "no record in it"),
     "an empty gzip": ("x.jsonl.gz", gzip.compress(b""), "no record in it"),
     "a gzip of no bytes": ("x.jsonl.gz", b"", "no record in it"),
-    "a gzip that breaks off": ("x.jsonl.gz", HALF[:len(HALF) // 2], r"line \d+: the gzip file breaks off"),
+    "a gzip that breaks off": ("x.jsonl.gz", HALF[:len(HALF) // 2], "the gzip file breaks off"),
     "a list whose gzip breaks off": ("x.json.gz", gzip.compress(json.dumps([GOOD] * 9).encode())[:-9], "the gzip file breaks off|not valid JSON|cannot be read on"),
     "a gzip with a wrong byte": ("x.jsonl.gz", HALF[:200] + b"\x00\x01\x02\x03" + HALF[204:], r"the file cannot be read on|breaks off|more bad records"),
     "a gzip with junk behind it": ("x.jsonl.gz", gzip.compress(LINE) + b"junk", "cannot be read on"),
@@ -229,7 +229,7 @@ def test_a_folder_with_loops(tmp_path):
         load_data(tmp_path / "set")
 
 
-@pytest.mark.parametrize("source", ["", " ", "a\0b", "x" * 5000, 7, None, b"x.jsonl", {"a": 1}, object(), "./nowhere", "~/nowhere/x", "a/b/c"])
+@pytest.mark.parametrize("source", ["", " ", "a\0b", "x" * 5000, 7, None, b"x.jsonl", {"a": 1}, object(), "./nowhere", "~/nowhere/x", "~nobody-here/x", "a/b/c"])
 def test_things_that_are_no_source(source, monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     with pytest.raises(FtkitError):
@@ -307,13 +307,8 @@ def test_mixed_schemas_survive(tmp_path, step, monkeypatch):
     same(load_data(data, skip_bad=False, quiet=True), SHAPES)   # once more through a table
     data.to_parquet(tmp_path / "x.parquet")
     same(load_data(tmp_path / "x.parquet", skip_bad=False, quiet=True), SHAPES)
-    assert [train_test_split(records, 4, seed=1)[1] for records in (SHAPES,)][0] == [plain_record(row) for row in map(restored_like, train_test_split(data, 4, seed=1)[1], train_test_split(SHAPES, 4, seed=1)[1])]
-
-
-def restored_like(row, record):
-    "The record, if the row is it."
-    assert plain_record(row) == plain_record(record)
-    return record
+    for rows, records in zip(train_test_split(data, 4, seed=1), train_test_split(SHAPES, 4, seed=1)):
+        same(rows, records)   # the same are held out, from a table as from a list
 
 
 SCALARS = st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text(st.characters(exclude_categories=["Cs"]), max_size=8)
@@ -391,6 +386,20 @@ def test_what_is_said(tmp_path, caplog):
     assert "1 left out, the first is line 2: field 'output' is missing; all are kept in " in said
     kept = said.split("kept in ")[1].split("\n")[0]
     assert rejects(Path(kept))[0]["line"] == 2
+
+
+def test_runs_take_what_load_data_takes(tmp_path):
+    "A table in a gzip to train on, a dataset held out: its records are the prompts, without the nulls of the table."
+    from datasets import Dataset
+    from ftkit.lora import add_lora
+    from ftkit.models import tiny_model
+    from ftkit.train import Run
+    path = write(tmp_path, "x.tsv.gz", gzip.compress(b"instruction\toutput\n" + b"a\tb\n" * 5))
+    model, tokenizer = tiny_model("llama")
+    run = Run(add_lora(model), tokenizer, path, Dataset.from_list([{**GOOD, "id": 1}, GOOD]), root=tmp_path / "runs", quiet=True, max_steps=1)
+    assert len(run.data) == 5 and len(run.held_out) == 2 and run.prompts == [{**GOOD, "id": 1}, GOOD]
+    with pytest.raises(FtkitError, match="x.jsonl: line 2: field 'output' is missing"):
+        Run(model, tokenizer, write(tmp_path, "x.jsonl", LINE + b"\n" + BAD), root=tmp_path / "runs", quiet=True)
 
 
 # ---- the cache
