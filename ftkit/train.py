@@ -858,8 +858,7 @@ class Run:
         data, held_out = _frozen(self.source, options) if self.source is not None else _encoded(data, tokenizer, limit), None if held_out is None else _encoded(held_out, tokenizer, limit)
         self._take_in(model, tokenizer, data, held_out, prompts, allow, compile, callbacks, quiet, options)
         self._attach(_make_folder(root, name))
-        self._write_data()
-        self._write_config(facts or {})
+        self._write_data(), self._write_config(facts or {})
 
 # %% ../nbs/00c_train.ipynb #run-helpers
 def _is_encoded(data) -> bool: return {"input_ids", "labels", "length", "cut"} <= set(getattr(data, "column_names", None) or ())
@@ -867,7 +866,7 @@ def _is_encoded(data) -> bool: return {"input_ids", "labels", "length", "cut"} <
 
 def _records(data):
     "Checked records, the first bad one an error; encoded rows as they are."
-    if data is None or _is_encoded(data): return data
+    if data is None or _is_encoded(data) or makes_rows(data): return data
     return load_records(data) if isinstance(data, list) else load_data(data, skip_bad=False, quiet=True)
 
 
