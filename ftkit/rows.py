@@ -596,7 +596,8 @@ def _picture(self: RowBrowser) -> dict[str, str]:
     with self._lock:
         rows = "".join(f'<div class="ftk-slot">{title.value}{body.value}</div>' for _, title, body, _ in self.slots if title.value)
         words = f"{self.name}: {len(self.found):,} of {len(self.rows):,} rows, {len(self._marked):,} marked for removal"
-        page = f'{STYLE}{_STYLE}{ROW_STYLE}<div class="ftk-panel mathjax_ignore tex2jax_ignore">{self.rows_head.value}{self.rows_notice.value}<div class="ftk-muted">{self.place.value}</div>{rows}</div>'
+        findings = "".join(f"<div>{getattr(self, f'words_{place}').value}</div>" for place in range(len(self.findings))) + self.fixes_done.value
+        page = f'{STYLE}{_STYLE}{ROW_STYLE}<div class="ftk-panel mathjax_ignore tex2jax_ignore">{self.rows_head.value}{findings}{self.rows_notice.value}<div class="ftk-muted">{self.place.value}</div>{rows}</div>'
     return {"text/html": page, "text/plain": printable(words)}
 
 # %% ../nbs/00c9_rows.ipynb #browse
