@@ -916,6 +916,7 @@ _STYLE = """<style>
 .ftk-batch{color:var(--jp-ui-font-color1,currentColor);font-family:var(--jp-ui-font-family,sans-serif);font-size:13px}
 .ftk-batch pre{margin:2px 0 10px;padding:6px 8px;max-height:22em;overflow:auto;white-space:pre-wrap;overflow-wrap:anywhere;color:inherit;
 background:transparent;border:1px solid rgba(128,128,128,.45);border-radius:4px;font-family:var(--jp-code-font-family,monospace);line-height:1.65}
+.ftk-batch pre code{padding:0;color:inherit;background:transparent;font:inherit;white-space:inherit;overflow-wrap:inherit}
 .ftk-batch span:nth-child(even){background:rgba(128,128,128,.14)}
 .ftk-batch u{background:rgba(46,160,67,.20);text-decoration:underline 2px rgb(46,160,67);text-underline-offset:3px}
 .ftk-batch u:nth-child(even){background:rgba(46,160,67,.36)}
@@ -946,7 +947,7 @@ def _row_html(row: BatchRow) -> str:
     tokens = "".join(_TAGS[kind].format(mark(kind, loss) if kind in ("context", "trained") else "", html.escape(_visible(text))) for kind, text, loss in _pieces(row))
     title, highest = html.escape(_row_title(row)), html.escape(_highest(row))
     below = f"<p>highest: {highest}</p>" if highest else ""
-    return f'<div>{title}</div><pre tabindex="0" role="group" aria-label="{title}">{tokens}</pre>{below}'
+    return f'<div>{title}</div><pre tabindex="0" role="group" aria-label="{title}"><code>{tokens}</code></pre>{below}'
 
 # %% ../nbs/00_data.ipynb #row-terminal
 _DIGITS = "⁰¹²³⁴⁵⁶⁷⁸⁹"

@@ -1,4 +1,4 @@
-"""Marks that two processes make at once, and data of a size and a kind that no page could hold."""
+"""Marks that two processes make at once, the real batch of a run, and data that no page could hold."""
 import json
 import subprocess
 import sys
@@ -6,10 +6,12 @@ import sys
 import pytest
 from datasets import Dataset
 
-from ftkit.data import encode_data, show_batch
+from ftkit.data import encode, encode_data, show_batch
+from ftkit.lens import show_losses
 from ftkit.models import tiny_model
 from ftkit.rows import browse, find_rows, read_marks, row_key, without_marked
 from ftkit.sources import load_data
+from ftkit.train import Run
 
 MARKER = """
 import sys
@@ -64,6 +66,22 @@ def test_marks_find_their_rows_again(change):
 def test_of_two_equal_rows_one_is_marked():
     twins = [dict(instruction="a", output="b")] * 3
     assert len(without_marked(twins, [dict(row=1, hash=row_key(twins[0]))])) == 2
+
+
+def test_the_real_batch_of_a_run_is_shown_with_its_seams(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    model, tokenizer = tiny_model()
+    records = [dict(instruction=f"Say {number}.", output=f"<{number}>" * (1 + number % 7)) for number in range(16)]
+    run = Run(model, tokenizer, records, packing=True, max_length=160, max_steps=1).fit()
+    batch = next(iter(run.trainer.get_train_dataloader()))
+    shown = show_losses(model, tokenizer, batch)
+    rows = [encode(record, tokenizer) for record in records]
+    pieces = [row.ids[start:end] for row in shown.rows for start, end in zip(row.starts, [*row.starts[1:], len(row.ids)])]
+    assert max(len(row.starts) for row in shown.rows) > 1 and all(list(piece) in [row["input_ids"] for row in rows] for piece in pieces)
+    assert sum(row.padding for row in shown.rows) == (batch["attention_mask"] == 0).sum()
+    assert "sample 2 of" in shown._repr_html_() and "<1>" not in shown._repr_html_()
+    alone = {tuple(row["input_ids"]): show_losses(model, tokenizer, [row]).rows[0].trained_losses() for row in rows}
+    assert shown.rows[0].trained_losses() == pytest.approx([loss for piece in pieces[:len(shown.rows[0].starts)] for loss in alone[tuple(piece)]], rel=1e-4)
 
 
 def test_a_pattern_cannot_hang_and_a_row_of_many_tokens_is_no_page_of_many():

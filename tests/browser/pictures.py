@@ -1,6 +1,7 @@
-"""Take the pictures of the panel that the tutorial and the front page show.
+"""Take the pictures of the panel and of the data browser that the docs show.
 
     python tests/browser/pictures.py              # into nbs/images; some ten minutes on two cores
+    python tests/browser/pictures.py --only rows  # those of the data browser alone: a minute
     python tests/browser/pictures.py --out FOLDER
 
 The demo's model is really trained, in JupyterLab in the system's Chromium, with the demo's own settings; all that the
@@ -33,21 +34,61 @@ model = add_lora(model, rank=16, targets="all-linear")
 run = Run(model, tokenizer, train, short[10:20], name="tickets", prompts=short[10:12], **{**DEMO, "eval_steps": 0.2, "save_steps": 0.2})"""
 TABS = ".ftk-panel > .widget-tab"
 SHOW = "run.start()\nrun"
+BROWSE = """\
+from ftkit.data import train_test_split
+from ftkit.demo import tickets
+from ftkit.models import load_model
+from ftkit.rows import browse
+
+model, tokenizer = load_model("smollm2-135m")
+records = tickets()[0][:60]
+records[7]["output"], records[21]["output"], records[33]["output"] = "TODO", "As an AI, I cannot do that.", "TODO"  # mistakes, put in for the picture"""
+SHOW_ROWS = "browser = browse(records, tokenizer, model=model, marks='tickets.marks.jsonl')\nbrowser"
 QUESTION = "My vacuum VC-20-1187 has stopped charging since the update. I am furious. What now?"
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--out", type=Path, default=ROOT / "nbs" / "images", metavar="FOLDER", help="where the pictures go")
-    out = parser.parse_args().out
+    parser.add_argument("--only", choices=["panel", "rows"], help="only these pictures")
+    given = parser.parse_args()
+    for name, prepare, show, pictures in (("panel", PREPARE, SHOW, take_pictures), ("rows", BROWSE, SHOW_ROWS, take_rows)):
+        if given.only in (None, name):
+            in_lab(prepare, show, pictures, given.out)
+
+
+def in_lab(prepare: str, show: str, pictures, out: Path):
+    "A notebook of two cells in JupyterLab, the first of them run."
     with tempfile.TemporaryDirectory(prefix="ftkit-pictures-", ignore_cleanup_errors=True) as folder:
-        lab.write_notebook(Path(folder) / "steer.ipynb", PREPARE, SHOW)
+        lab.write_notebook(Path(folder) / "pictures.ipynb", prepare, show)
         with lab.serve(Path(folder)) as server, lab.chromium() as browser:
-            notebook = lab.open_notebook(browser, server, "steer.ipynb", width=WIDTH, height=1000, scale=SCALE)
+            notebook = lab.open_notebook(browser, server, "pictures.ipynb", width=WIDTH, height=1000, scale=SCALE)
             notebook.run_cell(0)
             notebook.wait_idle(300)
-            take_pictures(notebook, out)
+            pictures(notebook, out)
             notebook.close()
+
+
+def take_rows(notebook, out: Path):
+    "Find, mark, and look at the losses."
+    page = notebook.page
+    notebook.run_cell(1)
+    page.locator(".ftk-next").last.wait_for(timeout=120_000)
+    page.locator(".ftk-regex input").check()
+    page.locator(".ftk-find input").fill("TODO|As an AI")
+    page.keyboard.press("Enter")
+    page.locator(".ftk-row-title-2", has_text="row 33").wait_for()
+    press(page, "row-mark-0")
+    page.locator(".ftk-row-title-0", has_text="marked for removal").wait_for()
+    page.mouse.move(0, 0)
+    take(notebook, out / "rows-found.png", ".ftk-panel:visible")
+    press(page, "clear")
+    page.locator(".ftk-order select").select_option(label="highest loss first")
+    page.wait_for_function("document.querySelector('.ftk-row-title-0').textContent.match(/^row (7|21|33) /)", timeout=300_000)
+    page.locator(".ftk-show select").select_option(label="tokens by loss")
+    page.locator(".ftk-row-title-4", has_text="nats each").wait_for(timeout=120_000)
+    page.mouse.move(0, 0)
+    take(notebook, out / "rows-loss.png", ".ftk-panel:visible", above=".ftk-slot:nth-child(4)")
 
 
 def take_pictures(notebook, out: Path):

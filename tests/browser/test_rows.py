@@ -1,10 +1,15 @@
 """The browser of data in JupyterLab in a real browser. The tests share one page, in order."""
 import json
 import os
+import sys
 import time
+from pathlib import Path
 
 import lab
 import pytest
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+from tiny_tokenizers import family  # noqa: E402
 
 EVIL = ["<img src=x onerror='window.hacked = 1'>", "<script>window.hacked = 2</script>", "[x](javascript:window.hacked=3)",
         "$\\alpha$ and \\(\\beta\\)", "\x1b[31mred\x1b[0m", "\u202egnp.exe"]
@@ -12,13 +17,21 @@ SHOWN = ["<img src=x onerror='window.hacked = 1'>", "<script>window.hacked = 2</
          "$\\alpha$ and \\(\\beta\\)", "\\x1b[31mred\\x1b[0m", "\\u202egnp.exe"]
 IMPORTS = """\
 from types import SimpleNamespace
+from transformers import PreTrainedTokenizerFast
 from ftkit.data import encode_data, load_records, show_batch
-from ftkit.models import tiny_model
-from ftkit.rows import browse"""
+from ftkit.rows import browse
+
+class Finding(SimpleNamespace): pass
+
+def fix(data, findings):
+    rows = {row for finding in findings for row in finding.rows}
+    changes = [SimpleNamespace(row=row, before=data[row], after=None) for row in sorted(rows)]
+    return data.select([row for row in range(len(data)) if row not in rows]), changes"""
 START = """\
-tokenizer = tiny_model("llama")[1]
-finding = SimpleNamespace(check="placeholder", severity="warning", rows=[77, 200, 410], message="3 answers are placeholders: <b>TODO</b>", remedy="leave them out", fix=None)
-browser = browse("chats.jsonl", tokenizer, report=SimpleNamespace(findings=[finding]))
+tokenizer = PreTrainedTokenizerFast.from_pretrained("tokenizer")
+findings = [Finding(check="placeholder", severity="warning", rows=[77, 200, 410], message="3 answers are placeholders: <b>TODO</b>", remedy="leave them out", fix="remove"),
+            Finding(check="markup", severity="note", rows=[0, 1], message="2 rows hold markup", remedy="", fix=None)]
+browser = browse("chats.jsonl", tokenizer, report=SimpleNamespace(findings=findings))
 browser"""
 LOOK = "show_batch(encode_data(load_records('chats.jsonl')[:6], tokenizer), tokenizer, rows=6)"
 
@@ -39,6 +52,7 @@ def notebook(tmp_path_factory):
         (pytest.fail if os.environ.get("CI") else pytest.skip)(lab.MISSING)
     folder = tmp_path_factory.mktemp("lab")
     write_records(folder / "chats.jsonl")
+    family("smollm2").save_pretrained(folder / "tokenizer")  # no model: a kernel that loads no torch starts sooner
     lab.write_notebook(folder / "rows.ipynb", IMPORTS, START)
     with lab.serve(folder, environment={"OMP_WAIT_POLICY": "passive"}) as server, lab.chromium() as browser:
         page = lab.open_notebook(browser, server, "rows.ipynb")
@@ -139,7 +153,19 @@ def test_filters_and_their_errors(notebook):
 def test_a_finding_leads_to_its_rows(notebook):
     part(notebook, "show-0").click()
     shows(notebook, [77, 200, 410], "the finding's rows")
-    assert "placeholder" in part(notebook, "row-title-0").inner_text() and "<b>TODO</b>" in part(notebook, "findings").inner_text()
+    assert "placeholder" in part(notebook, "row-title-0").inner_text() and "<b>TODO</b>" in part(notebook, "words-0").inner_text()
+
+
+def test_a_fix_is_made_in_a_copy_and_taken_back(notebook):
+    assert notebook.page.locator(".ftk-fix-0").count() == 1 and notebook.page.locator(".ftk-fix-1").count() == 0
+    part(notebook, "fix-0").click()
+    until(notebook, lambda: "0 rows changed, 3 removed" in part(notebook, "fixes-done").inner_text() and "row 410 removed" in part(notebook, "fixes-done").inner_text(), "what was done")
+    assert notebook.run("print(len(browser.data), len(browser.rows), len(load_records('chats.jsonl')))") == "497 500 500\n"
+    shows(notebook, [77, 200, 410], "the rows stay where they are")
+    until(notebook, lambda: part(notebook, "fix-0").inner_text().strip() == "Undo", "it can be taken back")
+    part(notebook, "fix-0").click()
+    until(notebook, lambda: part(notebook, "fixes-done").inner_text().strip() == "", "taken back")
+    assert notebook.run("print(len(browser.data))") == "500\n"
 
 
 def test_a_mark_is_kept_beside_the_data_and_a_click_is_heard_while_a_cell_is_busy(notebook):
