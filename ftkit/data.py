@@ -597,7 +597,7 @@ class BatchView:
 
     def _repr_html_(self) -> str:
         legend = "<p><u>trained</u> &nbsp;<span>context</span> &nbsp;<b>✂ cut off</b> &nbsp;↵ newline</p>"
-        return f'<div class="ftk-batch" role="group" aria-label="Rows as the trainer gets them">{_STYLE}{legend}{"".join(map(_row_html, self.rows))}</div>'
+        return f'<div class="ftk-batch mathjax_ignore tex2jax_ignore" role="group" aria-label="Rows as the trainer gets them">{_STYLE}{legend}{"".join(map(_row_html, self.rows))}</div>'
 
 # %% ../nbs/00_data.ipynb #show-batch
 def show_batch(
