@@ -62,7 +62,8 @@ def write_run(folder: Path, text: str):
     from ftkit.control import Journal
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.yaml").write_text(json.dumps(dict(name=text, method=text, parent=dict(run=text))))
-    for name in ("samples", "lens"): (folder / name).mkdir(exist_ok=True)
+    for name in ("samples", "lens", "data"): (folder / name).mkdir(exist_ok=True)
+    (folder / "data" / "prompts.jsonl").write_text(json.dumps(dict(messages=[dict(role="system", content=text), dict(role="user", content=text)])) + "\n")
     line = dict(prompt=dict(messages=[dict(role="user", content=text)]), answer=text, at=text)
     (folder / "samples" / "step-000001.jsonl").write_text("".join(json.dumps({**line, "at": at}) + "\n" for at in ("now", "base", text)))
     (folder / "lens" / "step-000001.json").write_text(json.dumps(dict(step=1, rows=[dict(tokens=[text, text], trained=[True, False], losses=[text, 1.0])])))
