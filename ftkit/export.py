@@ -754,7 +754,8 @@ def __repr__(self: Certificate):
 @patch
 def _repr_html_(self: Certificate):
     rows = "".join(f"<tr><th style='text-align:left'>{html.escape(name)}</th><td style='text-align:left'>{html.escape(printable(text))}</td></tr>" for name, text in _lines(self).items())
-    return f"<p><b>{html.escape(printable(_verdict(self)))}</b></p><table>{rows}</table>" + "".join(f"<p>{html.escape(printable(note))}</p>" for note in self.notes)
+    shown = f"<p><b>{html.escape(printable(_verdict(self)))}</b></p><table>{rows}</table>" + "".join(f"<p>{html.escape(printable(note))}</p>" for note in self.notes)
+    return f'<div class="mathjax_ignore tex2jax_ignore">{shown}</div>'
 
 # %% ../nbs/08_export.ipynb #reference
 @dataclass

@@ -278,7 +278,7 @@ def _repr_html_(self: Comparison) -> str:
     for prompt, *texts in zip(self.prompts, *self.answers.values()):
         body += f"<tr><td>{_says(prompt, 2000)}</td>" + "".join(f"<td>{_cell_html(row)}</td>" for row in _marked(texts)) + "</tr>"
     note = f'<div class="ftk-muted">{_says(self.summary(), 1000)}; what differs is <mark>marked</mark></div>'
-    return f'{STYLE}{COMPARE_STYLE}<div class="ftk-panel ftk-wide"><table class="ftk-table"><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>{note}</div>'
+    return f'{STYLE}{COMPARE_STYLE}<div class="ftk-panel ftk-wide mathjax_ignore tex2jax_ignore"><table class="ftk-table"><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>{note}</div>'
 
 # %% ../nbs/03_inference.ipynb #to-html
 @patch
@@ -568,7 +568,7 @@ def _picture(self: Chat) -> dict[str, str]:
     with self._lock:
         page = "".join(map(_turn_html, self.turns)) or '<div class="ftk-muted">A chat box: it needs a running kernel.</div>'
         lines = [f"{'you' if turn['role'] == 'user' else 'the model'}: {printable(turn['content'])}" for turn in self.turns]
-    return {"text/html": f'{STYLE}<div class="ftk-panel">{page}</div>', "text/plain": "\n".join(lines) or "a chat box"}
+    return {"text/html": f'{STYLE}<div class="ftk-panel mathjax_ignore tex2jax_ignore">{page}</div>', "text/plain": "\n".join(lines) or "a chat box"}
 
 # %% ../nbs/03_inference.ipynb #chat
 def chat(

@@ -1017,14 +1017,13 @@ def _picture(self: Panel) -> dict[str, str]:
     with self._lock:
         view = self.view
         parts = [head_html(view), progress_html(view), notice_html(view), self._plot(), status_html(view), notes_html(view), samples_html(view, steps=1, whole=self._is_whole)]
-    return {"text/html": f'<div class="{self._mark}">{STYLE}<div class="ftk-panel">{"".join(parts)}</div></div>', "text/plain": f"{view.folder.name}: {view.standing()}. {describe(view.curves)}"}
+    return {"text/html": f'<div class="{self._mark} mathjax_ignore tex2jax_ignore">{STYLE}<div class="ftk-panel">{"".join(parts)}</div></div>', "text/plain": f"{view.folder.name}: {view.standing()}. {describe(view.curves)}"}
 
 
 @patch
 def _front(self: Panel) -> dict[str, str]:
     "The widgets, with nothing in their place: the picture stands below."
     return {**(widgets.VBox._repr_mimebundle_(self) or {}), **_NOTHING}
-
 
 # %% ../nbs/04_live.ipynb #panel-shown
 @patch

@@ -18,6 +18,7 @@ from .core import require
 from .data import FtkitError
 from .lora import _own_random_state
 from .models import _base, _locate, base_name, quantization
+from .untrusted import check_links, check_safetensors
 
 # %% ../nbs/02_qlora.ipynb #is-packed
 def _is_packed(layer) -> bool:
@@ -59,14 +60,13 @@ def weight_bytes(
 def _stored_weights(name: str) -> dict[str, Path]:
     "Tensor -> the safetensors file that holds it, for the model of that name."
     from huggingface_hub import snapshot_download
-    from safetensors import safe_open
 
     place, _ = _locate(name)
     folder = Path(place if Path(place).exists() else snapshot_download(place, allow_patterns=["*.safetensors"]))
+    check_links(folder)
     found = {}
     for path in sorted(folder.glob("*.safetensors")):
-        with safe_open(path, framework="pt") as file:
-            found |= dict.fromkeys(file.keys(), path)
+        found |= dict.fromkeys((key for key in check_safetensors(path) if key != "__metadata__"), path)
     return found
 
 # %% ../nbs/02_qlora.ipynb #read-weight

@@ -502,7 +502,8 @@ def figure(self: Comparison):
 
 @patch
 def _repr_html_(self: Comparison) -> str:
-    return draw(self.curves[0], overlay=self.curves[1:], labels=self.names) + _html_table(self.names, self.outcomes, self.differences)
+    shown = draw(self.curves[0], overlay=self.curves[1:], labels=self.names) + _html_table(self.names, self.outcomes, self.differences)
+    return f'<div class="mathjax_ignore tex2jax_ignore">{shown}</div>'
 
 # %% ../nbs/00d_replay.ipynb #compare-runs
 def compare_runs(

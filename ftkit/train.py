@@ -2701,7 +2701,7 @@ class _Bar:
         import html
         line = printable(f"{self.name}: step {step} of {self.total}  {text}")
         bar = f'<progress max="{self.total}" value="{step}" aria-label="training progress"></progress> '
-        return {"text/plain": line, "text/html": bar + html.escape(line)}
+        return {"text/plain": line, "text/html": f'<div class="mathjax_ignore tex2jax_ignore">{bar}{html.escape(line)}</div>'}
 
     def close(self):
         if self.bar is not None: self.bar.close()

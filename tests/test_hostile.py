@@ -4,8 +4,6 @@ A canary is a pickle that makes a file when it is opened. `torch.load` and `inpu
 """
 
 import builtins
-import contextlib
-import io
 import json
 import os
 import pickle
@@ -24,7 +22,7 @@ from safetensors.torch import load_file, save_file
 from ftkit.checkpoint import MANIFEST, _write_manifest, checkpoints
 from ftkit.cli import main
 from ftkit.control import LineReader, LineWriter, send
-from ftkit.data import FtkitError, load_records
+from ftkit.data import FtkitError, encode, load_records
 from ftkit.export import export, verify_export
 from ftkit.inference import load_tuned
 from ftkit.live import RunView, panel
@@ -246,7 +244,8 @@ def test_code_on_the_hub(world, canary, monkeypatch):
         shutil.copy(path, snapshot.parent.parent / "blobs" / str(number))
         (snapshot / path.name).symlink_to(f"../../blobs/{number}")
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    for module in (huggingface_hub.constants, transformers.utils.hub.constants): monkeypatch.setattr(module, "HF_HUB_CACHE", str(cache))
+    for module in (huggingface_hub.constants, transformers.utils.hub.constants):
+        monkeypatch.setattr(module, "HF_HUB_CACHE", str(cache)), monkeypatch.setattr(module, "HF_HUB_OFFLINE", True)
     model, _ = load_model("stranger/model", **CPU)
     assert model.config._name_or_path == "stranger/model"
     (snapshot / "config.json").unlink(), shutil.copy(world / "base" / "config.json", snapshot / "config.json"), strew(snapshot, canary)
@@ -256,6 +255,14 @@ def test_code_on_the_hub(world, canary, monkeypatch):
     with pytest.raises(FtkitError, match="holds an adapter"): load_model("stranger/model", **CPU)
     (snapshot / "adapter_config.json").unlink(), (snapshot / "model.safetensors").unlink(), (snapshot / "model.safetensors").write_bytes(struct.pack("<Q", 2**60))
     with pytest.raises(FtkitError, match="no safetensors file"): load_model("stranger/model", **CPU)
+
+
+@pytest.mark.parametrize("template", ["{{ ''.__class__.__mro__[1].__subclasses__() }}", "{{ messages.__class__.__init__.__globals__ }}", "{{ (''|attr('format')).__globals__ }}", "{{ cycler.__init__.__globals__.os.system('true') }}", "{% include '/etc/hostname' %}"])
+def test_a_template_stays_in_its_sandbox(template, tmp_path):
+    tokenizer = tiny_model()[1]
+    tokenizer.chat_template = "{% for m in messages %}{{ m.content }}{% endfor %}" + template
+    with pytest.raises(FtkitError) as error: encode(RECORDS[0], tokenizer)
+    assert "\n" not in str(error.value)
 
 
 # --- weights that are forged, and links ---

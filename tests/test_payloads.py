@@ -1,16 +1,14 @@
 "Whatever comes from data, a model, a file's name or a setting is shown as text: on pages, in terminals, in Markdown and in pictures."
 import io
-import json
 import logging
 from contextlib import redirect_stdout
 from pathlib import Path
 
 import pytest
 from markdown_it import MarkdownIt
-from payloads import HTML, MATHTEXT, NAMES, PAYLOADS, TERMINAL, active, unprintable
+from payloads import HTML, MATHTEXT, NAMES, PAYLOADS, TERMINAL, active, unprintable, write_run
 
 from ftkit.cli import explain, run_report
-from ftkit.control import Journal
 from ftkit.curves import Curves, describe, draw, draw_png
 from ftkit.data import BatchRow, BatchView, FtkitError, load_records, printable
 from ftkit.export import Certificate, Upload, modelfile
@@ -38,22 +36,7 @@ def test_the_check_sees_attributes_and_escapes():
 
 
 def view_of(folder: Path, text: str) -> RunView:
-    "A run's folder in which everything that can be a text is this one."
-    folder.mkdir(exist_ok=True)
-    (folder / "config.yaml").write_text(json.dumps(dict(name=text, method=text, parent=dict(run=text))))
-    for name in ("samples", "lens"): (folder / name).mkdir(exist_ok=True)
-    line = dict(prompt=dict(messages=[dict(role="user", content=text)]), answer=text, at=text)
-    (folder / "samples" / "step-000001.jsonl").write_text("".join(json.dumps({**line, "at": at}) + "\n" for at in ("now", "base", text)))
-    (folder / "lens" / "step-000001.json").write_text(json.dumps(dict(step=1, rows=[dict(tokens=[text, text], trained=[True, False], losses=[text, 1.0])])))
-    journal = Journal(folder)
-    journal.write("start", step=0, run=text, process=text, host=text)
-    journal.write("plan", step=0, total=10, epochs=text)
-    journal.write("step", step=1, tokens=9, loss=1.0, learning_rate=text, grad_norm=text, epoch=text, tokens_per_second=1.0, memory=text, seconds={text: 1.0, "data": text})
-    for action, value in (("lr", text), (text, text), ("rewind", text), ("branch", text)): journal.write("control", step=1, id=text, action=action, value=value, source=text, status="applied")
-    journal.write("control", step=1, id=text, action=text, source=text, status="refused", reason=text)
-    journal.write("rewind", step=1, back_from=text), journal.write("alarm", step=1, kind=text, text=text), journal.write("note", step=1, text=text), journal.write("sample_failed", step=1, error=text)
-    journal.write("sample", step=1, file="samples/step-000001.jsonl"), journal.write("lens", step=1, file="lens/step-000001.json")
-    journal.write("failed", step=1, error=text, traceback=text, advice=text), journal.close()
+    write_run(folder, text)
     view = RunView(folder)
     view.poll()
     return view
