@@ -346,11 +346,14 @@ def _conversation(record: dict, tokenizer: object) -> list[dict]:
     return messages
 
 # %% ../nbs/00_data.ipynb #strings
-def _strings(value: object) -> Iterator[str]:
-    "All text in a message, or in a list of them."
-    if isinstance(value, str): yield value
-    elif isinstance(value, dict): yield from itertools.chain.from_iterable(_strings(part) for key, part in value.items() if key != "role")
-    elif isinstance(value, (list, tuple)): yield from itertools.chain.from_iterable(map(_strings, value))
+def _strings(messages: list[dict]) -> list[str]:
+    "All text in messages, the names of fields and the roles apart."
+    found, values = [], [value for message in messages for key, value in message.items() if key != "role"]
+    for value in values:   # grows on the way
+        if isinstance(value, str): found.append(value)
+        elif isinstance(value, dict): values += value.values()
+        elif isinstance(value, (list, tuple)): values += value
+    return found
 
 # %% ../nbs/00_data.ipynb #render-options
 def _render_options(tokenizer: object) -> dict:
@@ -375,7 +378,7 @@ def _render(conversations: list[list[dict]], tokenizer: object, places: list[str
             hint = "; put the system text into the first user message" if messages[0]["role"] == "system" else ""
             raise FtkitError(f"{place}: the chat template refuses the conversation: {reason}{hint}") from None
     for place, messages, text in zip(places, conversations, texts):
-        if len(text) > 1_000_000 + 20 * sum(map(len, _strings(messages))): raise FtkitError(f"{place}: the chat template makes {len(text):,} characters of it; set another tokenizer.chat_template")
+        if len(text) > 1_000_000 and len(text) > 1_000_000 + 20 * sum(map(len, _strings(messages))): raise FtkitError(f"{place}: the chat template makes {len(text):,} characters of it; set another tokenizer.chat_template")
     return texts
 
 # %% ../nbs/00_data.ipynb #turn-ending
@@ -479,7 +482,8 @@ def _texts_and_spans(conversations: list[list[dict]], tokenizer: object, places:
         shape = _shape(messages)
         if shape not in layouts: layouts[shape] = shape and _learn(shape, tokenizer)
         filled, spans[row] = _fill(layouts[shape], messages) if layouts[shape] else ("", [])
-        if filled != text or any(word in part for part in _strings(messages) for word in words): unsure.append(row)
+        said = "\0".join(_strings(messages))
+        if filled != text or any(word in said for word in words): unsure.append(row)
     sure = _spans([conversations[row] for row in unsure], [texts[row] for row in unsure], tokenizer, [places[row] for row in unsure])
     for row, found in zip(unsure, sure): spans[row] = found
     return texts, spans
@@ -595,7 +599,7 @@ def _protect(text: str, spans: list, special: re.Pattern, names: dict[str, str],
 # %% ../nbs/00_data.ipynb #tokens-of-marked
 def _tokens_of_marked(conversations: list[list[dict]], tokenizer: object, places: list[str], prompt: bool) -> tuple[list[tuple[list[int], list[int]]], list[list]]:
     "Ids and labels, and spans, of conversations in which special tokens are text."
-    seen, special = set().union(*_strings(conversations)), _special_pattern(tokenizer)
+    seen, special = set().union(*_strings(itertools.chain(*conversations))), _special_pattern(tokenizer)
     left, right = itertools.islice((char for char in map(chr, range(0xF0003, 0xFFFFD)) if char not in seen), 2)
     conversations = _mark(conversations, special, left, right)
     texts = _render(conversations, tokenizer, places, prompt)
