@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['FORMATS', 'ALPACA_TEMPLATE', 'MOST_TOKENS', 'ORDERS', 'MOST_OF_FINDING', 'FtkitError', 'printable', 'plain_record',
-           'formats_of', 'to_messages', 'tools_of', 'answer_of', 'load_records', 'train_test_split', 'end_of_turn_ids',
-           'encode', 'encode_prompt', 'one_answer_per_record', 'encode_data', 'rows_without_trained_tokens',
-           'fingerprint', 'BatchRow', 'BatchView', 'show_batch', 'collate']
+           'formats_of', 'to_messages', 'tools_of', 'answer_of', 'load_records', 'train_test_split', 'cache_dir',
+           'template_difference', 'end_of_turn_ids', 'encode', 'encode_prompt', 'one_answer_per_record', 'encode_data',
+           'rows_without_trained_tokens', 'fingerprint', 'BatchRow', 'BatchView', 'show_batch', 'collate']
 
 # %% ../nbs/00_data.ipynb #exported-imports
 import codecs
@@ -24,6 +24,16 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
+import difflib
+import functools
+import itertools
+import secrets
+import shutil
+import subprocess
+from collections import deque
+from concurrent.futures import ThreadPoolExecutor
+
+import platformdirs
 
 # %% ../nbs/00_data.ipynb #error
 class FtkitError(ValueError):
@@ -546,6 +556,63 @@ ALPACA_TEMPLATE = r"""{{- begin_text -}}
 {%- if add_generation_prompt -%}{{- '### Response:\n' -}}{%- endif -%}
 """
 
+# %% ../nbs/00_data.ipynb #cache-dir
+def cache_dir() -> Path:  # an existing folder that can be written
+    "The folder for models and measurements: `$FTKIT_CACHE`, or the usual cache folder of this system. Raises `FtkitError` if it cannot be made."
+    folder = Path(os.environ.get("FTKIT_CACHE") or platformdirs.user_cache_dir("ftkit", appauthor=False)).expanduser()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise FtkitError(f"cannot make the cache folder {folder} ({error.strerror}): set FTKIT_CACHE to a folder that can be written") from error
+    if not os.access(folder, os.W_OK):
+        raise FtkitError(f"cannot write into the cache folder {folder}: set FTKIT_CACHE to a folder that can be written")
+    return folder
+
+# %% ../nbs/00_data.ipynb #trial
+_TRIAL = r"""
+import json, sys, time
+from transformers.utils.chat_template_utils import render_jinja_template
+try:
+    import resource
+    resource.setrlimit(resource.RLIMIT_CPU, (int(time.process_time()) + 3,) * 2)
+    resource.setrlimit(resource.RLIMIT_AS, (4 << 30,) * 2)
+except ImportError: pass   # Windows has no such limits; the parent's clock remains
+template = sys.stdin.buffer.read().decode()
+options = dict(bos_token="<s>", eos_token="</s>", pad_token="</s>", unk_token="<unk>", begin_text="", date_string="26 Jul 2024")
+turns = [dict(role=role, content="Why, " + role + "?") for role in ("system", *("user", "assistant") * 20)]
+for messages in (turns[1:2], turns[:2], turns[1:3], turns[:3], turns[1:5], turns[:5], turns[1:], turns):
+    try: [text], _ = render_jinja_template([messages], chat_template=template, add_generation_prompt=messages[-1]["role"] == "user", **options)
+    except MemoryError: sys.exit("it takes more than 4 GiB of memory")
+    except Exception: continue   # what a template refuses is told where a record meets it
+    if len(text) > 1_000_000: sys.exit("it writes more than a million characters for a few words")
+"""
+
+# %% ../nbs/00_data.ipynb #try-template
+@functools.cache
+def _try_template(template: str) -> None:
+    "Run a template that is new to this machine under limits; FtkitError where it exceeds them."
+    name = hashlib.sha256(template.encode(errors="replace")).hexdigest()
+    try: known = cache_dir() / "templates" / name
+    except FtkitError: known = None   # no cache folder: tried again by the next process
+    if known and known.exists(): return
+    try:
+        done = subprocess.run([sys.executable, "-P", "-c", _TRIAL], input=template.encode(errors="replace"), capture_output=True, timeout=60)
+        reason = "" if done.returncode == 0 else "it does not end within 3 seconds" if done.returncode < 0 else done.stderr.decode(errors="replace").strip().splitlines()[-1]
+    except subprocess.TimeoutExpired: reason = "it does not end within a minute"
+    if reason: raise FtkitError(f"the chat template that begins with {printable(template[:60])!r} is refused: {printable(reason)}; set another tokenizer.chat_template")
+    if known: known.parent.mkdir(exist_ok=True), known.touch()
+
+# %% ../nbs/00_data.ipynb #template-difference
+def template_difference(
+    base: str | None,  # chat template of the base model
+    own: str | None,  # the template used instead
+    longest: int = 40,  # lines of the difference at most
+) -> str:  # unified diff, each line safe to print; "" where they are equal
+    "What a chat template changes in that of the base model."
+    lines = [*difflib.unified_diff((base or "").splitlines(), (own or "").splitlines(), "the base model's template", "the template used", lineterm="", n=1)]
+    shown = ["".join(c if c.isprintable() else "?" for c in line[:200]) for line in lines[:longest]]
+    return "\n".join(shown + [f"({len(lines) - longest} more lines)"] * (len(lines) > longest))
+
 # %% ../nbs/00_data.ipynb #conversation
 def _with_objects(message: dict) -> dict:
     "A message whose tool calls have their arguments as objects."
@@ -564,10 +631,22 @@ def _conversation(record: dict, tokenizer: object) -> list[dict]:
     if tools: messages[0] = messages[0] | {"tools": tools}
     return messages
 
+# %% ../nbs/00_data.ipynb #strings
+def _strings(messages: list[dict]) -> list[str]:
+    "All text in messages, the names of fields and the roles apart."
+    found, values = [], [value for message in messages for key, value in message.items() if key != "role"]
+    for value in values:   # grows on the way
+        if isinstance(value, str): found.append(value)
+        elif isinstance(value, dict): values += value.values()
+        elif isinstance(value, (list, tuple)): values += value
+    return found
+
 # %% ../nbs/00_data.ipynb #render-options
 def _render_options(tokenizer: object) -> dict:
     options = {"tokenize": False, "date_string": "26 Jul 2024"}
-    if tokenizer.chat_template: return options
+    if tokenizer.chat_template:
+        _try_template(tokenizer.get_chat_template())
+        return options
     if not tokenizer.eos_token: raise FtkitError("the tokenizer has neither a chat template nor an end-of-text token; set tokenizer.eos_token")
     adds_begin = tokenizer.bos_token is not None and tokenizer("a")["input_ids"][:1] == [tokenizer.bos_token_id]
     return options | {"chat_template": ALPACA_TEMPLATE, "begin_text": tokenizer.bos_token if adds_begin else ""}
@@ -588,15 +667,16 @@ def _render_alike(conversations: list[list[dict]], tools: list[dict] | None, tok
     "Texts of conversations with the same tools."
     options = _render_options(tokenizer) | {"add_generation_prompt": prompt, "tools": tools}
     if tools: conversations = [[{key: value for key, value in message.items() if key != "tools"} for message in messages] for messages in conversations]
-    try: return tokenizer.apply_chat_template(conversations, **options)
-    except Exception: pass   # noqa: S110 one of them is refused: find out which
-    texts = []
-    for place, messages in zip(places, conversations):
+    try: texts = tokenizer.apply_chat_template(conversations, **options)
+    except Exception: texts = []   # one of them is refused: find out which
+    for place, messages in zip(places, conversations if not texts else ()):
         try: texts.append(tokenizer.apply_chat_template(messages, **options))
         except Exception as error:   # a template is a program: anything may come out of it
             reason = (str(error).strip() or type(error).__name__).splitlines()[0]
             hint = "; put the system text into the first user message" if messages[0]["role"] == "system" else ""
             raise FtkitError(f"{place}: the chat template refuses the conversation: {reason}{hint}") from None
+    for place, messages, text in zip(places, conversations, texts):
+        if len(text) > 1_000_000 and len(text) > 1_000_000 + 20 * sum(map(len, _strings(messages))): raise FtkitError(f"{place}: the chat template makes {len(text):,} characters of it; set another tokenizer.chat_template")
     return texts
 
 # %% ../nbs/00_data.ipynb #render
@@ -613,9 +693,10 @@ def _render(conversations: list[list[dict]], tokenizer: object, places: list[str
     return texts
 
 # %% ../nbs/00_data.ipynb #tools-are-written
-def _check_tools(messages: list[dict], text: str, tokenizer: object, place: str) -> None:
+def _check_tools(messages: list[dict], tokenizer: object, place: str) -> None:
     "Raise where the template left out tools, a call, or a result."
     def lacks(what: str): return FtkitError(f"{place}: the chat template leaves out {what}; set a tokenizer.chat_template that has a place for tools, or take them out of the records")
+    text = _render([messages], tokenizer, [place])[0]
     without = [{key: value for key, value in message.items() if key != "tools"} for message in messages]
     if messages[0].get("tools") and text == _render([without], tokenizer, [place])[0]: raise lacks("the tools")
     for message in messages:
@@ -667,15 +748,14 @@ def _text_span(text: str, tokenizer: object) -> tuple[int, int]:
 # %% ../nbs/00_data.ipynb #spans
 def _spans(conversations: list[list[dict]], texts: list[str], tokenizer: object, places: list[str]) -> list[list[tuple[int, int] | None]]:
     "For each conversation the span of each of its answers in its text."
+    if not conversations: return []
     if all(map(_is_text, conversations)): return [[_text_span(text, tokenizer)] for text in texts]
     ending, close = _turn_ending(tokenizer)
     turns = [(row, turn) for row, messages in enumerate(conversations) for turn, message in enumerate(messages) if message["role"] == "assistant"]
     where = [places[row] for row, _ in turns]
-    for row, messages in enumerate(conversations):
-        if not _is_text(messages) and any(close.strip() in message["content"] + json.dumps(message.get("tool_calls"), ensure_ascii=False) for message in messages):
-            raise FtkitError(f"{places[row]}: the text of a message holds {close.strip()!r}, the token that ends a turn; take it out of the text")
     prompts = _render([conversations[row][:turn] for row, turn in turns], tokenizer, where, prompt=True)
-    finished = _render([conversations[row][:turn + 1] for row, turn in turns if conversations[row][turn + 1:]], tokenizer, where)
+    finished = _render([conversations[row][:turn + 1] for row, turn in turns if conversations[row][turn + 1:]],
+                       tokenizer, [places[row] for row, turn in turns if conversations[row][turn + 1:]])
     spans, rendered = [[_text_span(text, tokenizer)] if _is_text(messages) else [] for messages, text in zip(conversations, texts)], iter(finished)
     for (row, turn), prompt in zip(turns, prompts):
         through = next(rendered) if conversations[row][turn + 1:] else texts[row]
@@ -683,8 +763,70 @@ def _spans(conversations: list[list[dict]], texts: list[str], tokenizer: object,
         except FtkitError as error: raise FtkitError(f"{places[row]}: {error}") from None
     return spans
 
+# %% ../nbs/00_data.ipynb #shape
+def _shape(messages: list[dict]) -> tuple | None:
+    "Roles and fields of a conversation whose fields are all text."
+    if not all(isinstance(value, str) for message in messages for value in message.values()): return None
+    return tuple((message["role"], *(key for key in message if key != "role")) for message in messages)
+
+# %% ../nbs/00_data.ipynb #learn
+def _learn(shape: tuple, tokenizer: object) -> tuple[list, list] | None:
+    "The layout of all conversations of a shape; None where there is none to be had."
+    number = itertools.count()
+    messages = [{"role": role} | {key: f"\n ftkitslot{next(number)}end \n" for key in keys} for role, *keys in shape]
+    try:
+        [text] = _render([messages], tokenizer, ["row"])
+        [spans] = _spans([messages], [text], tokenizer, ["row"])
+    except FtkitError: return None   # told where a record meets it
+    parts = re.split(r"(\n ftkitslot\d+end \n|ftkitslot\d+end)", text)
+    starts = [0, *itertools.accumulate(map(len, parts))][:-1]
+    def place(position):
+        part = max(k for k, start in enumerate(starts) if start <= position)
+        return part, position - starts[part]
+    places = [span and (*place(span[0]), *place(span[1])) for span in spans]
+    if any(part % 2 and shift for span in places if span for part, shift in (span[:2], span[2:])): return None   # within a text
+    return [(int(re.search(r"\d+", part)[0]), part[0] == "f") if k % 2 else part for k, part in enumerate(parts)], places
+
+# %% ../nbs/00_data.ipynb #fill
+def _fill(layout: tuple[list, list], messages: list[dict]) -> tuple[str, list[tuple[int, int] | None]]:
+    slots = [value for message in messages for key, value in message.items() if key != "role"]
+    texts = [part if isinstance(part, str) else slots[part[0]].strip() if part[1] else slots[part[0]] for part in layout[0]]
+    starts = [0, *itertools.accumulate(map(len, texts))]
+    return "".join(texts), [span and (starts[span[0]] + span[1], starts[span[2]] + span[3]) for span in layout[1]]
+
+# %% ../nbs/00_data.ipynb #words
+@functools.cache
+def _words(template: str) -> tuple[str, ...]:
+    "Text that a template may look for in a message."
+    code, quoted = "\n".join(re.findall(r"\{[{%].*?[%}]\}", template, re.S)), r"""(?:'((?:[^'\\]|\\.)*)'|"((?:[^"\\]|\\.)*)")"""
+    found = re.findall(quoted + r"\s+(?:not\s+)?in\b", code)
+    for before in (r"\.\w+\(\s*", r"(?<![=!<>])=\s*", r"\bin\s+"): found += re.findall(before + quoted, code)
+    return tuple(sorted({word.replace("\\n", "\n") for pair in found for word in pair if word.replace("\\n", "").strip()}))
+
+# %% ../nbs/00_data.ipynb #texts-and-spans
+def _texts_and_spans(conversations: list[list[dict]], tokenizer: object, places: list[str], layouts: dict) -> tuple[list[str], list[list]]:
+    "Text of each conversation and the spans of its answers; `layouts` is filled with those learned on the way."
+    texts, spans, unsure = _render(conversations, tokenizer, places), [[] for _ in conversations], []
+    words = _words(tokenizer.get_chat_template() if tokenizer.chat_template else ALPACA_TEMPLATE)
+    for row, (messages, text) in enumerate(zip(conversations, texts)):
+        shape = _shape(messages)
+        if shape not in layouts: layouts[shape] = shape and _learn(shape, tokenizer)
+        filled, spans[row] = _fill(layouts[shape], messages) if layouts[shape] else ("", [])
+        said = "\0".join(_strings(messages))
+        if filled != text or any(word in said for word in words): unsure.append(row)
+    sure = _spans([conversations[row] for row in unsure], [texts[row] for row in unsure], tokenizer, [places[row] for row in unsure])
+    for row, found in zip(unsure, sure): spans[row] = found
+    return texts, spans
+
 # %% ../nbs/00_data.ipynb #ids
-def _ids(texts: list[str], tokenizer: object) -> object:
+def _ids(texts: list[str], tokenizer: object) -> list[list[int]]:
+    "Token ids of each text; the tokenizer's threads share the texts, and no offsets are kept, which saves a quarter of the time."
+    backend = tokenizer.backend_tokenizer
+    if backend.truncation is not None: backend.no_truncation()
+    if backend.padding is not None: backend.no_padding()
+    return [encoding.ids for encoding in backend.encode_batch_fast(texts, add_special_tokens=False)]
+
+def _with_offsets(texts: list[str], tokenizer: object) -> object:
     return tokenizer(texts, add_special_tokens=False, return_attention_mask=False, return_token_type_ids=False, verbose=False)
 
 # %% ../nbs/00_data.ipynb #anchor
@@ -693,37 +835,48 @@ def _anchor(tokenizer: object) -> str | None:
     if not tokenizer.is_fast: raise FtkitError("the tokenizer cannot tell which characters a token covers; a fast one (with a tokenizer.json) is needed")
     lefts, rights = ["a", "a", "]", "a\n"], ["b", " b", "{", "\nb"]
     for anchor in dict.fromkeys(["", tokenizer.eos_token or ""]):
-        skip = len(_ids([anchor], tokenizer)["input_ids"][0])
-        after = _ids([anchor + right for right in rights], tokenizer)["input_ids"]
-        joined = [left + right[skip:] for left, right in zip(_ids(lefts, tokenizer)["input_ids"], after)]
+        skip = len(_ids([anchor], tokenizer)[0])
+        after = _ids([anchor + right for right in rights], tokenizer)
+        joined = [left + right[skip:] for left, right in zip(_ids(lefts, tokenizer), after)]
         if [tokenizer.decode(ids, clean_up_tokenization_spaces=False) for ids in joined] == [a + b for a, b in zip(lefts, rights)]: return anchor
     return None
 
 # %% ../nbs/00_data.ipynb #join-parts
-def _join_parts(texts: list[str], spans: list[list[tuple[int, int]]], tokenizer: object, anchor: str) -> list[tuple[list[int], list[int]]]:
-    parts = []   # row, text, characters trained
+def _trained_counts(parts: list[tuple[str, int]], encoded: list[list[int]], tokenizer: object, close: str) -> list[int]:
+    "Of each part's ids, how many belong to its first so many characters."
+    mark_id = _ids([close], tokenizer)[0][-1]
+    mark = tokenizer.convert_ids_to_tokens(mark_id)
+    sure = [not trained or text.find(mark) == trained - len(mark) and mark_id in ids for (text, trained), ids in zip(parts, encoded)]
+    counts = [ids.index(mark_id) + 1 if trained and found else 0 for (_, trained), ids, found in zip(parts, encoded, sure)]
+    unsure = [part for part, found in enumerate(sure) if not found]
+    offsets = _with_offsets([parts[part][0] for part in unsure], tokenizer) if unsure else None
+    for number, part in enumerate(unsure): counts[part] = offsets.char_to_token(number, parts[part][1] - 1) + 1
+    return counts
+
+# %% ../nbs/00_data.ipynb #join-parts-together
+def _join_parts(texts: list[str], spans: list[list[tuple[int, int]]], tokenizer: object, anchor: str, close: str) -> list[tuple[list[int], list[int]]]:
+    parts, owners = [], []   # text and characters trained; row
     for row, (text, answers) in enumerate(zip(texts, spans)):
         cuts = [0, *(start for start, _ in answers), len(text)]
-        parts.append((row, text[:cuts[1]], 0))
-        parts += [(row, anchor + text[start:cut], len(anchor) + end - start) for (start, end), cut in zip(answers, cuts[2:])]
-    batch = _ids([text for _, text, _ in parts], tokenizer)
-    skipped = len(_ids([anchor], tokenizer)["input_ids"][0])
+        parts.append((text[:cuts[1]], 0))
+        parts += [(anchor + text[start:cut], len(anchor) + end - start) for (start, end), cut in zip(answers, cuts[2:])]
+        owners += [row] * (len(answers) + 1)
+    encoded, skipped = _ids([text for text, _ in parts], tokenizer), len(_ids([anchor], tokenizer)[0])
     rows = [([], []) for _ in texts]
-    for part, (row, _, trained) in enumerate(parts):
-        ids = batch["input_ids"][part][skipped if trained else 0:]
-        count = batch.char_to_token(part, trained - 1) + 1 - skipped if trained else 0
+    for row, (_, trained), ids, count in zip(owners, parts, encoded, _trained_counts(parts, encoded, tokenizer, close)):
+        if trained and skipped: ids, count = ids[skipped:], count - skipped
         rows[row][0].extend(ids)
         rows[row][1].extend(ids[:count] + [-100] * (len(ids) - count))
     return rows
 
 # %% ../nbs/00_data.ipynb #whole
 def _tokenise_whole(texts: list[str], spans: list[list[tuple[int, int]]], tokenizer: object, places: list[str]) -> list[tuple[list[int], list[int]]]:
-    batch, rows = _ids(texts, tokenizer), []
+    batch, rows = _with_offsets(texts, tokenizer), []
     for row, (text, answers) in enumerate(zip(texts, spans)):
         ids = batch["input_ids"][row]
         labels = [-100] * len(ids)
         for start, end in answers:
-            prompt = _ids([text[:start]], tokenizer)["input_ids"][0]
+            prompt = _ids([text[:start]], tokenizer)[0]
             if ids[:len(prompt)] != prompt:
                 raise FtkitError(f"{places[row]}: the tokenizer merges the end of the prompt with the start of the answer {text[start:start + 20]!r}, "
                                  "so generation would start from other tokens than training; begin the answer with another character")
@@ -733,11 +886,79 @@ def _tokenise_whole(texts: list[str], spans: list[list[tuple[int, int]]], tokeni
     return rows
 
 # %% ../nbs/00_data.ipynb #tokenise
-def _tokenise(texts: list[str], spans: list[list], tokenizer: object, places: list[str]) -> list[tuple[list[int], list[int]]]:
-    "Ids and labels of each text, the answers at the spans that are not None trained."
+def _tokenise(texts: list[str], spans: list[list], tokenizer: object, places: list[str], close: str) -> list[tuple[list[int], list[int]]]:
+    "Ids and labels of each text, the answers at the spans that are not None trained; `close` is the text that ends them."
     anchor, kept = _anchor(tokenizer), [[span for span in row if span] for row in spans]
     if anchor is None: return _tokenise_whole(texts, kept, tokenizer, places)
-    return _join_parts(texts, kept, tokenizer, anchor)
+    return _join_parts(texts, kept, tokenizer, anchor, close)
+
+# %% ../nbs/00_data.ipynb #special-pattern
+def _special_pattern(tokenizer: object) -> re.Pattern:
+    "Matches each of the tokenizer's special tokens."
+    special = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special and token.content}
+    return re.compile("|".join(map(re.escape, sorted(special, key=len, reverse=True))) or "(?!)")
+
+# %% ../nbs/00_data.ipynb #mark
+def _mark(value: object, special: re.Pattern, left: str, right: str) -> object:
+    "A copy of messages in which each special token stands between two marks."
+    if isinstance(value, str): return special.sub(lambda found: left + found[0] + right, value)
+    if isinstance(value, dict): return {key: part if key == "role" else _mark(part, special, left, right) for key, part in value.items()}
+    return [_mark(part, special, left, right) for part in value] if isinstance(value, (list, tuple)) else value
+
+# %% ../nbs/00_data.ipynb #renamed
+def _renamed(tokenizer: object) -> tuple[object, dict[str, str], dict[int, int]]:
+    "A tokenizer to which its special tokens are text; their new names; and for each id of an added token its own id."
+    from tokenizers import Tokenizer
+    from transformers import PreTrainedTokenizerFast
+    state, salt = json.loads(tokenizer.backend_tokenizer.to_str()), secrets.token_hex(8)
+    added = state["added_tokens"]
+    names = {token["content"]: f"\U000F0001{salt}x{token['id']}\U000F0002" for token in added if token["special"]}
+    numbers = {names.get(token["content"], token["content"]): token["id"] for token in added}
+    for token in added: token["content"] = names.get(token["content"], token["content"])
+    backend = Tokenizer.from_str(json.dumps(state | {"post_processor": None, "truncation": None, "padding": None}))
+    ids = {backend.token_to_id(name): number for name, number in numbers.items()}
+    return PreTrainedTokenizerFast(tokenizer_object=backend, eos_token=names.get(tokenizer.eos_token)), names, ids
+
+# %% ../nbs/00_data.ipynb #protect
+def _protect(text: str, spans: list, special: re.Pattern, names: dict[str, str], left: str, right: str) -> tuple[str, list]:
+    "Rendered text with the template's own special tokens renamed and the marks taken out, and the spans in it."
+    pattern = re.compile(f"{left}({special.pattern}){right}|[{left}{right}]|({special.pattern})")
+    def plain(part): return pattern.sub(lambda found: found[1] or names.get(found[2], ""), part)
+    return plain(text), [span and (len(plain(text[:span[0]])), len(plain(text[:span[1]]))) for span in spans]
+
+# %% ../nbs/00_data.ipynb #tokens-of-marked
+def _tokens_of_marked(conversations: list[list[dict]], tokenizer: object, places: list[str], prompt: bool) -> tuple[list[tuple[list[int], list[int]]], list[list]]:
+    "Ids and labels, and spans, of conversations in which special tokens are text."
+    seen, special = set().union(*_strings(itertools.chain(*conversations))), _special_pattern(tokenizer)
+    left, right = itertools.islice((char for char in map(chr, range(0xF0003, 0xFFFFD)) if char not in seen), 2)
+    conversations = _mark(conversations, special, left, right)
+    texts = _render(conversations, tokenizer, places, prompt)
+    spans = _spans(conversations, texts, tokenizer, places)
+    copy, names, own = _renamed(tokenizer)
+    protected = [_protect(*row, special, names, left, right) for row in zip(texts, spans)]
+    close = special.sub(lambda found: names[found[0]], _turn_ending(tokenizer)[1])
+    rows = _tokenise([text for text, _ in protected], [spans for _, spans in protected], copy, places, close)
+    spelled = {tokenizer.convert_tokens_to_ids(name) for name in names} - set(own)
+    for place, (ids, _) in zip(places, rows):
+        if spelled.intersection(ids): raise FtkitError(f"{place}: this tokenizer makes a special token of its name in a text, whatever is done; take it out of the text, or ask for control_tokens")
+    return [([own.get(i, i) for i in ids], [own.get(i, i) for i in labels]) for ids, labels in rows], spans
+
+# %% ../nbs/00_data.ipynb #tokens-of
+def _tokens_of(conversations: list[list[dict]], tokenizer: object, places: list[str], control_tokens: bool, prompt: bool = False, layouts: dict | None = None) -> tuple[list, list, list[int]]:
+    "Ids and labels of each conversation, the spans of its answers, and the rows in which special tokens are text."
+    special, everything = _special_pattern(tokenizer), range(len(conversations))
+    marked = [] if control_tokens else [row for row in everything if special.search("\0".join(_strings(conversations[row])))]
+    plain = sorted({*everything} - {*marked}) if marked else [*everything]
+    def of(rows, values): return [values[row] for row in rows]
+    tokens, spans = [None] * len(conversations), [None] * len(conversations)
+    if plain:
+        talks, where = of(plain, conversations), of(plain, places)
+        if prompt: texts = _render(talks, tokenizer, where, prompt); found = _spans(talks, texts, tokenizer, where)
+        else: texts, found = _texts_and_spans(talks, tokenizer, where, {} if layouts is None else layouts)
+        for row, ids, span in zip(plain, _tokenise(texts, found, tokenizer, where, _turn_ending(tokenizer)[1]), found): tokens[row], spans[row] = ids, span
+    if marked:
+        for row, ids, span in zip(marked, *_tokens_of_marked(of(marked, conversations), tokenizer, of(marked, places), prompt)): tokens[row], spans[row] = ids, span
+    return tokens, spans, marked
 
 # %% ../nbs/00_data.ipynb #trainable
 def _trainable(record: dict, tokenizer: object, place: str) -> list[dict]:
@@ -746,38 +967,38 @@ def _trainable(record: dict, tokenizer: object, place: str) -> list[dict]:
     return _conversation(record, tokenizer)
 
 # %% ../nbs/00_data.ipynb #encode-rows
-def _encode_rows(records: list[dict], tokenizer: object, max_length: int | None, places: list[str]) -> tuple[list[dict], int]:
-    "The rows, and how many answers are context only because the template rewrote them."
+def _encode_rows(records: list[dict], tokenizer: object, max_length: int | None, places: list[str], control_tokens: bool = False, layouts: dict | None = None) -> tuple[list[dict], dict]:
+    "The rows, and counts for the report: answers that are context only because the template rewrote them, rows with special tokens as text."
     if max_length is not None and max_length < 1: raise FtkitError(f"max_length={max_length}: at least 1 token is needed")
     conversations = [_trainable(record, tokenizer, place) for record, place in zip(records, places)]
-    texts = _render(conversations, tokenizer, places)
-    for row, messages in enumerate(conversations):
-        if any("tools" in message or "tool_calls" in message or message["role"] == "tool" for message in messages): _check_tools(messages, texts[row], tokenizer, places[row])
-    spans = _spans(conversations, texts, tokenizer, places)
+    tokens, spans, marked = _tokens_of(conversations, tokenizer, places, control_tokens, layouts=layouts)
+    for place, messages in zip(places, conversations):
+        if any("tools" in message or "tool_calls" in message or message["role"] == "tool" for message in messages): _check_tools(messages, tokenizer, place)
     rows = [{"input_ids": ids[:max_length], "labels": labels[:max_length], "length": len(ids[:max_length]), "cut": len(ids) - len(ids[:max_length])}
-            for ids, labels in _tokenise(texts, spans, tokenizer, places)]
-    return rows, sum(span is None for row in spans for span in row)
+            for ids, labels in tokens]
+    return rows, {"rewritten": sum(span is None for row in spans for span in row), "special": len(marked)}
 
 # %% ../nbs/00_data.ipynb #encode
 def encode(
     record: dict,  # an Alpaca or chat record with an answer
     tokenizer: object,  # a fast transformers tokenizer; its chat template is used, or the Alpaca layout where it has none
     max_length: int | None = 1024,  # longest row in tokens; None for no limit
+    control_tokens: bool = False,  # special tokens in the text of a message are control tokens; else they are text
 ) -> dict:  # input_ids and labels, lists of `length` ids (labels are -100 where not trained), and `cut`, the tokens cut off at the end
     "One record as the loss sees it: each answer trained with its end-of-turn token, nothing else; raises FtkitError."
-    return _encode_rows([record], tokenizer, max_length, ["the record"])[0][0]
+    return _encode_rows([record], tokenizer, max_length, ["the record"], control_tokens)[0][0]
 
 # %% ../nbs/00_data.ipynb #encode-prompt
 def encode_prompt(
     record: dict,  # an Alpaca or chat record, with or without its last answer
     tokenizer: object,  # as for `encode`
+    control_tokens: bool = False,  # as for `encode`
 ) -> list[int]:  # token ids, the head of `encode(record, tokenizer)["input_ids"]`
     "What generation starts from: all before the last answer, and the generation prompt."
-    messages, place = _conversation(record, tokenizer), ["the record"]
+    messages = _conversation(record, tokenizer)
     if _is_text(messages): raise FtkitError("the record is plain text, which has no prompt; to generate, give a record with a question")
     if messages[-1]["role"] == "assistant": messages = messages[:-1]
-    texts = _render([messages], tokenizer, place, prompt=True)
-    return _tokenise(texts, _spans([messages], texts, tokenizer, place), tokenizer, place)[0][0]
+    return _tokens_of([messages], tokenizer, ["the record"], control_tokens, prompt=True)[0][0][0]
 
 # %% ../nbs/00_data.ipynb #one-answer
 def one_answer_per_record(
@@ -790,60 +1011,198 @@ def one_answer_per_record(
             for turn, message in enumerate(messages) if message["role"] in ("assistant", "text")]
 
 # %% ../nbs/00_data.ipynb #report
-def _report(rows: int, cut: list[int], untrained: int, rewritten: int, max_length: int | None) -> None:
-    long = [tokens for tokens in cut if tokens]
-    notes = [f"{len(long)} longer than max_length={max_length}, {sum(long)} tokens cut off their ends"] * bool(long)
-    notes += [f"{untrained} left with no trained token"] * bool(untrained)
-    notes += [f"{rewritten} earlier answers are context only, since the chat template rewrites them (one_answer_per_record trains them)"] * bool(rewritten)
-    if notes: _log.warning(f"{rows:,} row{'s' * (rows != 1)}: " + "; ".join(notes))
+def _report(facts: dict, max_length: int | None) -> None:
+    notes = [f"{facts['long']} longer than max_length={max_length}, {facts['cut']} tokens cut off their ends"] * bool(facts["long"])
+    notes += [f"{facts['untrained']} left with no trained token"] * bool(facts["untrained"])
+    notes += [f"{facts['rewritten']} earlier answers are context only, since the chat template rewrites them (one_answer_per_record trains them)"] * bool(facts["rewritten"])
+    notes += [f"{facts['special']} with special tokens in the text of a message, which are encoded as text (control_tokens=True makes them control tokens)"] * bool(facts["special"])
+    if notes: _log.warning(f"{facts['rows']:,} row{'s' * (facts['rows'] != 1)}: " + "; ".join(notes))
 
 # %% ../nbs/00_data.ipynb #table
-def _table(rows: list[dict]) -> object:
-    from datasets import Dataset, Features, Sequence, Value
+def _features() -> object:
+    from datasets import Features, Sequence, Value
     tokens = Sequence(Value("int32"))
-    features = Features({"input_ids": tokens, "labels": tokens, "length": Value("int32"), "cut": Value("int32")})
-    return Dataset.from_dict({name: [row[name] for row in rows] for name in features}, features=features)
+    return Features({"input_ids": tokens, "labels": tokens, "length": Value("int32"), "cut": Value("int32")})
+
+def _table(rows: list[dict]) -> object:
+    "Encoded rows as a pyarrow table."
+    import numpy as np
+    import pyarrow as pa
+    lengths = np.fromiter((row["length"] for row in rows), np.int32, len(rows))
+    borders = pa.array(np.concatenate([np.zeros(1, np.int32), np.cumsum(lengths, dtype=np.int32)]))
+    def ends(name): return pa.array(np.fromiter(itertools.chain.from_iterable(row[name] for row in rows), np.int32, int(lengths.sum())))
+    columns = {name: pa.ListArray.from_arrays(borders, ends(name)) for name in ("input_ids", "labels")}
+    return pa.table(columns | {"length": lengths, "cut": np.fromiter((row["cut"] for row in rows), np.int32, len(rows))}, schema=_features().arrow_schema)
+
+# %% ../nbs/00_data.ipynb #encoded-chunks
+def _chunks(records: Iterable[dict], size: int = 1000) -> Iterator[list[dict]]:
+    if hasattr(records, "select"):
+        for first in range(0, len(records), size): yield records.select(range(first, min(first + size, len(records)))).to_list()
+    else:
+        rows = iter(records)
+        while chunk := list(itertools.islice(rows, size)): yield chunk
+
+def _encoded_chunks(records: Iterable[dict], encode_chunk: Callable[[list[dict], list[str]], tuple]) -> Iterator[tuple]:
+    "What `encode_chunk` makes of the records and their places, in order; two chunks at work at most."
+    first, waiting = 0, deque()
+    with ThreadPoolExecutor(2, thread_name_prefix="ftkit-encode") as pool:
+        for chunk in _chunks(records):
+            waiting.append(pool.submit(encode_chunk, chunk, [f"row {first + row}" for row in range(len(chunk))]))
+            first += len(chunk)
+            if len(waiting) > 2: yield waiting.popleft().result()
+        while waiting: yield waiting.popleft().result()
+
+# %% ../nbs/00_data.ipynb #encode-tables
+def _encode_tables(records: Iterable[dict], facts: dict, tokenizer: object, max_length: int | None, control_tokens: bool) -> Iterator[object]:
+    "Encoded rows as pyarrow tables; `facts` is filled on the way."
+    layouts = {}
+    def work(chunk, places):
+        rows, counts = _encode_rows(chunk, tokenizer, max_length, places, control_tokens, layouts)
+        counts |= {"rows": len(rows), "long": sum(row["cut"] > 0 for row in rows), "cut": sum(row["cut"] for row in rows),
+                   "untrained": sum(max(row["labels"]) == -100 for row in rows)}
+        return _table(rows), counts
+    for table, counts in _encoded_chunks(records, work):
+        for name, count in counts.items(): facts[name] = facts.get(name, 0) + count
+        yield table
+
+# %% ../nbs/00_data.ipynb #cache-key
+_ENCODING = 2   # goes up whenever a record's ids or labels change
+
+def _cache_key(records: Iterable[dict], tokenizer: object, max_length: int | None, control_tokens: bool) -> str:
+    import tokenizers
+    import transformers
+    _ids([], tokenizer)   # padding and truncation off, which are no part of what is encoded
+    parts = [_ENCODING, transformers.__version__, tokenizers.__version__, type(tokenizer).__name__, tokenizer.backend_tokenizer.to_str(), tokenizer.chat_template,
+             {name: str(token) for name, token in tokenizer.special_tokens_map.items()}, max_length, control_tokens]
+    digest = hashlib.sha256(json.dumps(parts).encode())
+    for chunk in _chunks(records): digest.update(json.dumps(chunk, default=str).encode())
+    return digest.hexdigest()
+
+# %% ../nbs/00_data.ipynb #publish
+def _publish(place: Path, tables: Iterable[object], facts: dict) -> None:
+    "Write encoded rows and what the report says of them to a folder, as a whole."
+    from datasets.arrow_writer import ArrowWriter
+    beside = place.with_name(f".{place.name[:16]}.{secrets.token_hex(4)}.tmp")
+    beside.mkdir(mode=0o700, parents=True)
+    try:
+        with ArrowWriter(path=str(beside / "rows.arrow"), features=_features()) as writer:
+            for table in tables: writer.write_table(table)
+            writer.finalize()
+        with open(beside / "rows.arrow", "rb") as file:
+            os.fsync(file.fileno())
+            facts = facts | {"sha256": hashlib.file_digest(file, "sha256").hexdigest()}
+        (beside / "facts.json").write_text(json.dumps(facts), encoding="utf-8")
+        try: os.replace(beside, place)
+        except OSError:
+            if not place.is_dir(): raise
+    finally: shutil.rmtree(beside, ignore_errors=True)
+
+# %% ../nbs/00_data.ipynb #cached
+def _cached(place: Path) -> tuple[object, dict] | None:
+    "Rows and facts of an earlier encoding; None where there is none, or where it is not what was written."
+    from datasets import Dataset
+    try:
+        facts = json.loads((place / "facts.json").read_text(encoding="utf-8"))
+        with open(place / "rows.arrow", "rb") as file: whole = hashlib.file_digest(file, "sha256").hexdigest() == facts["sha256"]
+        os.utime(place)   # the last use, for `_forget`
+        if whole: return Dataset.from_file(str(place / "rows.arrow")), facts
+    except (OSError, ValueError, KeyError, TypeError): whole = False
+    if place.exists():
+        _log.warning("the cached rows are damaged and are encoded anew")
+        shutil.rmtree(place, ignore_errors=True)
+    return None
+
+# %% ../nbs/00_data.ipynb #forget
+def _forget(cache: Path, most: int = 20 << 30) -> None:
+    "Remove the sets of rows that were not used for the longest time, until the rest holds `most` bytes."
+    sets = sorted((place for place in cache.iterdir() if (place / "rows.arrow").is_file() and place.name[0] != "."), key=lambda place: place.stat().st_mtime, reverse=True)
+    total = 0
+    for place in sets:
+        total += (place / "rows.arrow").stat().st_size
+        if total > most: shutil.rmtree(place, ignore_errors=True)
+
+# %% ../nbs/00_data.ipynb #encode-kept
+def _encode_kept(records: object, tables: Callable[[], Iterator], facts: dict, key: str) -> tuple[object | None, dict]:
+    "Rows from the cache, put there first where they are not; None where the cache folder cannot be used."
+    try:
+        place = cache_dir() / "encoded" / key
+        if found := _cached(place):
+            _log.warning(f"{len(records):,} rows taken from the cache: the same records were encoded with this tokenizer before")
+            return found
+        _publish(place, tables(), facts)
+        _forget(place.parent)
+        return _cached(place) or (None, facts)
+    except FtkitError as error:
+        if "cache folder" in str(error): return None, facts
+        raise
+    except OSError as error:
+        _log.warning(f"the encoded rows cannot be kept ({error.strerror or error}) and stay in memory")
+        return None, facts
 
 # %% ../nbs/00_data.ipynb #encode-data
 def encode_data(
-    records: Iterable[dict],  # records as `load_records` gives them
+    records: Iterable[dict],  # records as `load_records` gives them, or a datasets.Dataset of such
     tokenizer: object,  # as for `encode`
     max_length: int | None = 1024,  # longest row in tokens; longer ones are cut at the end, and counted
+    control_tokens: bool = False,  # as for `encode`
 ) -> object:  # datasets.Dataset with the columns input_ids, labels, length, cut; row k is record k
-    "Encode all records; FtkitError names the row that cannot be encoded."
-    from datasets import concatenate_datasets
-    records, tables, cut, untrained, rewritten = list(records), [], [], 0, 0
-    if not records: raise FtkitError("there is no record to encode")
-    for first in range(0, len(records), 1000):
-        chunk = records[first:first + 1000]
-        rows, again = _encode_rows(chunk, tokenizer, max_length, [f"row {first + row}" for row in range(len(chunk))])
-        tables.append(_table(rows))
-        cut, rewritten = cut + [row["cut"] for row in rows], rewritten + again
-        untrained += sum(max(row["labels"]) == -100 for row in rows)
-    _report(len(records), cut, untrained, rewritten, max_length)
-    return concatenate_datasets(tables)
+    "Encode all records; FtkitError names the row that cannot be encoded. More than a thousand rows are kept in `cache_dir()`, and taken from there the next time."
+    from datasets import Dataset
+    if not hasattr(records, "__len__"): records = list(records)
+    if not len(records): raise FtkitError("there is no record to encode")
+    kept, facts = None, {}
+    def tables(): return _encode_tables(records, facts, tokenizer, max_length, control_tokens)
+    if len(records) > 1000: kept, facts = _encode_kept(records, tables, facts, _cache_key(records, tokenizer, max_length, control_tokens))
+    if kept is None:
+        import pyarrow as pa
+        facts.clear()
+        kept = Dataset(pa.concat_tables(tables()))
+    _report(facts, max_length)
+    return kept
+
+# %% ../nbs/00_data.ipynb #flat
+def _flat(data: Iterable[dict]) -> Iterator[tuple]:
+    "Of each few thousand rows: lengths, all ids, all labels, as numpy arrays."
+    import numpy as np
+    if not hasattr(data, "with_format"):
+        for rows in _chunks(data):
+            joined = [np.fromiter(itertools.chain.from_iterable(row[name] for row in rows), np.int32) for name in ("input_ids", "labels")]
+            yield np.fromiter((len(row["input_ids"]) for row in rows), np.int64, len(rows)), *joined
+        return
+    for table in data.select_columns(["input_ids", "labels"]).with_format("arrow").iter(4096):
+        columns = [table[name].combine_chunks() for name in ("input_ids", "labels")]
+        yield columns[0].value_lengths().to_numpy(zero_copy_only=False), *(column.flatten().to_numpy(zero_copy_only=False) for column in columns)
 
 # %% ../nbs/00_data.ipynb #untrained
 def rows_without_trained_tokens(
     data: Iterable[dict],  # encoded rows: `encode_data`'s result, or a list of `encode`'s
 ) -> list[int]:  # row numbers, counted from 0
     "Rows that the loss would not see at all, for instance because the length limit cut off the answer."
-    if hasattr(data, "select_columns"): data = data.select_columns(["labels"])
-    return [number for number, row in enumerate(data) if max(row["labels"], default=-100) == -100]
+    import numpy as np
+    found, first = [], 0
+    for lengths, _, labels in _flat(data):
+        trained = np.concatenate([np.zeros(1, np.int64), np.cumsum(labels != -100)])
+        ends = np.cumsum(lengths)
+        found += (first + np.flatnonzero(trained[ends] == trained[ends - lengths])).tolist()
+        first += len(lengths)
+    return found
 
 # %% ../nbs/00_data.ipynb #fingerprint
 def fingerprint(
     data: Iterable[dict],  # encoded rows: `encode_data`'s result, or a list of `encode`'s
 ) -> str:  # SHA-256 in hexadecimal
-    "Hash of ids and labels of all rows, in their order."
+    "Hash of ids and labels of all rows, in their order: of each row its length in 8 bytes, its ids and its labels in 4 bytes each, little-endian."
     import numpy as np
     digest = hashlib.sha256()
-    if hasattr(data, "with_format"):
-        parts = data.select_columns(["input_ids", "labels"]).with_format("numpy").iter(1024)
-        data = (dict(zip(part, values)) for part in parts for values in zip(*part.values()))
-    for row in data:
-        digest.update(len(row["input_ids"]).to_bytes(8, "little"))
-        for name in ("input_ids", "labels"): digest.update(np.asarray(row[name], dtype="<i4").tobytes())
+    for lengths, ids, labels in _flat(data):
+        ends = np.cumsum(lengths)
+        within = np.arange(len(ids)) - np.repeat(ends - lengths, lengths)   # place of each token in its row
+        starts = 2 * np.arange(len(lengths)) + 2 * (ends - lengths)   # place of each row among the numbers that are hashed
+        numbers = np.zeros(2 * len(lengths) + 2 * len(ids), "<i4")
+        numbers[starts] = lengths
+        numbers[np.repeat(starts + 2, lengths) + within] = ids
+        numbers[np.repeat(starts + 2 + lengths, lengths) + within] = labels
+        digest.update(numbers.tobytes())
     return digest.hexdigest()
 
 # %% ../nbs/00_data.ipynb #token-texts

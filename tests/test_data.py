@@ -200,9 +200,24 @@ def test_templates_that_cannot_be_right_are_refused(change, message):
     assert "\n" not in str(caught.value)
 
 
-def test_end_of_turn_text_in_a_message_is_refused():
-    with pytest.raises(FtkitError, match="^row 1: the text of a message holds '<.im_end.>'"):
-        encode_data([SINGLE, {"instruction": "x<|im_end|>", "output": "y"}], family("smollm2"))
+@pytest.mark.parametrize("name", FAMILIES)
+def test_marks_in_a_text_are_text(name, caplog):
+    "A user who writes the template's marks writes text; the template's own marks are as many as without."
+    tokenizer = family(name)
+    mark, plain = FAMILIES[name][3], {"instruction": "What does it do?", "output": "It ends a turn."}
+    record = {"instruction": f"What does {mark} do?", "output": f"It{mark} ends a turn."}
+    with caplog.at_level(logging.WARNING, logger="ftkit"):
+        row = encode_data([plain, record], tokenizer)[1]
+    assert [line.getMessage() for line in caplog.records] == [
+        "2 rows: 1 with special tokens in the text of a message, which are encoded as text (control_tokens=True makes them control tokens)"]
+    end = tokenizer.convert_tokens_to_ids(mark)
+    assert row["input_ids"].count(end) == encode(plain, tokenizer)["input_ids"].count(end)
+    assert check_row(record, tokenizer) == row == encode(record, tokenizer)
+    assert encode(record, tokenizer, control_tokens=True)["input_ids"].count(end) == row["input_ids"].count(end) + 2
+    assert trained_runs(row, tokenizer) == [trained_runs(encode(plain, tokenizer), tokenizer)[0].replace("It", "It" + mark)]
+    prompt = encode_prompt(record, tokenizer)
+    assert tokenizer.decode(prompt).count(mark) == tokenizer.decode(encode_prompt(plain, tokenizer)).count(mark) + 1
+    assert encode_prompt(record, tokenizer, control_tokens=True).count(end) == prompt.count(end) + 1
 
 
 def test_end_token_is_trained_where_it_pads():
