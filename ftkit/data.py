@@ -693,10 +693,9 @@ def _render(conversations: list[list[dict]], tokenizer: object, places: list[str
     return texts
 
 # %% ../nbs/00_data.ipynb #tools-are-written
-def _check_tools(messages: list[dict], tokenizer: object, place: str) -> None:
+def _check_tools(messages: list[dict], text: str, tokenizer: object, place: str) -> None:
     "Raise where the template left out tools, a call, or a result."
     def lacks(what: str): return FtkitError(f"{place}: the chat template leaves out {what}; set a tokenizer.chat_template that has a place for tools, or take them out of the records")
-    text = _render([messages], tokenizer, [place])[0]
     without = [{key: value for key, value in message.items() if key != "tools"} for message in messages]
     if messages[0].get("tools") and text == _render([without], tokenizer, [place])[0]: raise lacks("the tools")
     for message in messages:
@@ -973,7 +972,7 @@ def _encode_rows(records: list[dict], tokenizer: object, max_length: int | None,
     conversations = [_trainable(record, tokenizer, place) for record, place in zip(records, places)]
     tokens, spans, marked = _tokens_of(conversations, tokenizer, places, control_tokens, layouts=layouts)
     for place, messages in zip(places, conversations):
-        if any("tools" in message or "tool_calls" in message or message["role"] == "tool" for message in messages): _check_tools(messages, tokenizer, place)
+        if any("tools" in message or "tool_calls" in message or message["role"] == "tool" for message in messages): _check_tools(messages, _render([messages], tokenizer, [place])[0], tokenizer, place)
     rows = [{"input_ids": ids[:max_length], "labels": labels[:max_length], "length": len(ids[:max_length]), "cut": len(ids) - len(ids[:max_length])}
             for ids, labels in tokens]
     return rows, {"rewritten": sum(span is None for row in spans for span in row), "special": len(marked)}
