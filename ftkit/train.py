@@ -415,13 +415,7 @@ def autocast(self: Trainer):
 
 # %% ../nbs/00c_train.ipynb #trainer-order
 @patch
-def _plan_seed(self: Trainer) -> int: return self.args.seed if self.args.data_seed is None else self.args.data_seed
-
-
-@patch
-def _make_sampler(self: Trainer) -> StepSampler:
-    args = self.args
-    return StepSampler(self.run.lengths(), self.run.batch, args.gradient_accumulation_steps, self._plan_seed(), args.train_sampling_strategy, args.dataloader_drop_last, self.run._capacity())
+def _make_sampler(self: Trainer) -> StepSampler: return self.run._sampler(self.args.gradient_accumulation_steps)
 
 # %% ../nbs/00c_train.ipynb #trainer-loader
 @patch
@@ -962,6 +956,27 @@ def _try_packing(self: Run) -> tuple[bool, str]:
     padded, packed = (self._seconds_of(StepSampler(lengths, self.batch, parts, 0, capacity=limit), median) for limit in limits)
     set_rng_state(own)
     return packed < padded, f"a step takes {padded:.3g} s padded and {packed:.3g} s packed here"
+
+# %% ../nbs/00c_train.ipynb #run-sampler
+@patch
+def _sampler(self: Run, parts: int) -> StepSampler:
+    seed, order = self.options.get("data_seed"), self.options["train_sampling_strategy"]
+    return StepSampler(self.lengths(), self.batch, parts, self.options["seed"] if seed is None else seed, order, self.options.get("dataloader_drop_last", False), self._capacity())
+
+# %% ../nbs/00c_train.ipynb #run-batches
+@patch
+def batches(
+    self: Run,
+    step: int = 1,  # an optimizer step, counted from 1
+) -> list[dict]:  # a batch for each micro-batch: input_ids, attention_mask, labels, and position_ids where it is packed
+    "The micro-batches of a step, truncated, padded or packed, as the model gets them."
+    if not isinstance(step, int) or step < 1: raise FtkitError(f"step {step!r}: steps are counted from 1")
+    sampler = self._sampler(self.options.get("gradient_accumulation_steps", 1))
+    epoch, number = divmod(step - 1, max(1, sampler.steps()))
+    sampler.set_epoch(epoch)
+    rows = StepRows(self.data if self.source is None else self.source, sampler.seed, self.options["max_length"])
+    parts = list(sampler)[number * sampler.parts:(number + 1) * sampler.parts]
+    return [collate_rows(rows.__getitems__(part), self.tokenizer.pad_token_id, self._is_flat()) for part in parts if part]
 
 # %% ../nbs/00c_train.ipynb #check-trainable
 def _check_trainable(model):

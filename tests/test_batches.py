@@ -56,6 +56,10 @@ def test_micro_batches_can_be_halved_on_the_way(tmp_path, order):
     assert [parts[step] for step in sorted(parts)] == [2, 2, 2, 2, 2, 2]
 
 
+def seen_by(run, step):
+    return sorted(tuple(row[mask == 1]) for batch in run.batches(step) for row, mask in zip(batch["input_ids"].numpy(), batch["attention_mask"].numpy()))
+
+
 def losses(run):
     return {e["step"]: (e["loss"], e["grad_norm"], e["trained"], e["tokens"]) for e in run.history if e["what"] == "step"}
 
@@ -119,6 +123,7 @@ def test_a_dataset_that_draws_resumes_exactly(tmp_path, drawn_straight, at, work
     resumed, seen = stopped_and_opened(tmp_path, at, workers)
     assert seen == rows and losses(resumed) == losses(straight) and weights_hash(resumed.model) == weights_hash(straight.model)
     assert rows[1] != rows[6]  # the second epoch draws anew
+    assert all(seen_by(resumed, step) == rows[step] for step in rows)  # and can be looked at
 
 
 @pytest.mark.parametrize("broken", ["numbers", "cursor"])
@@ -221,3 +226,18 @@ def test_killed_in_the_middle_of_a_mixed_and_packed_run(tmp_path):
     assert after == {step: rows[step] for step in after} and losses(resumed) == losses(straight)
     assert weights_hash(resumed.model) == weights_hash(straight.model)
     assert [e["position"] for e in resumed.history if e["what"] == "step"][-1] == [2, 0]
+
+
+def test_another_number_of_rows_to_a_step_is_told(tmp_path, monkeypatch):
+    stopped = new_run(tmp_path, callbacks=(At(2, stop),)).fit()
+    said = []
+    monkeypatch.setattr(Run, "say", lambda self, text: said.append(text))
+    run = opened(stopped.folder, per_device_train_batch_size=7).fit()
+    assert (run.batch, run.step) == (7, 8) and any("batch 3 before, 7 now): step 0 of epoch 1 of the new plan" in text for text in said)
+    assert training._read_config(run.folder)["rows_per_step"] == 7
+    assert opened(run.folder).batch == 7
+
+
+def test_an_order_for_several_processes_is_refused(tmp_path):
+    with pytest.raises(FtkitError, match="train_sampling_strategy='batch_rebalance' has no effect on Run: there are group_by_length, random, sequential"):
+        new_run(tmp_path, train_sampling_strategy="batch_rebalance")
