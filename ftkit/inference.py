@@ -18,13 +18,14 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from difflib import SequenceMatcher
 from pathlib import Path
+import functools
 
 # %% ../nbs/03_inference.ipynb #exported-imports-more
 import ipywidgets as widgets
 import torch
 from fastcore.basics import patch
 
-from .data import FtkitError, printable, to_messages
+from .data import FtkitError, printable, template_difference, to_messages
 from .lora import _misfit, _put_on, _read_config, _read_shapes, _same_name, _training_facts
 from .models import QUANTIZATIONS, _base, _check_weights, _rewrites, base_difference, base_fingerprint, base_name, generate, load_model, read_tokenizer, stream
 from .report import _as_text
@@ -145,6 +146,13 @@ def _warn_templates(places: dict[str, Path]):
     if len(found) > 1:
         logging.getLogger("ftkit").warning("these adapters were trained with different chat templates; the tokenizer is the first's")
 
+# %% ../nbs/03_inference.ipynb #tell-template
+@functools.cache
+def _tell_template(base: str, own: str):
+    changed = template_difference(base, own)
+    if changed:
+        logging.getLogger("ftkit").warning("the chat template that came with these weights is not the base model's. What it changes in every prompt:\n" + changed)
+
 # %% ../nbs/03_inference.ipynb #load-tuned
 def load_tuned(
     folder: str | Path | list | dict,  # of a run, an adapter or a model; several adapters as a list, or by name: {"pirate": folder, ...}
@@ -164,6 +172,8 @@ def load_tuned(
     if not whole:
         _check_base(model, places, any_base)
         model = _put_on_all(model, places)
+        if own:
+            _tell_template(str(tokenizer.chat_template or ""), str(own.chat_template or ""))
     _warn_templates(places)
     return model.eval(), own or tokenizer
 

@@ -47,7 +47,7 @@ from trl import SFTConfig, SFTTrainer
 from .checkpoint import checkpoints, load_optimizer, load_rng, newest_checkpoint, paged_again, remove_folder, rng_state, save_optimizer, save_rng, set_aside, set_rng_state, sweep_temporary, verify_folder, write_folder
 from .control import Control, RemoteControl, confirmation, damaged_lines, read_journal, send, utc_now
 from .core import cache_dir, pick_device, pick_dtype, require, write_atomic
-from .data import FtkitError, collate, encode_data, encode_prompt, fingerprint, load_records, plain_record, printable, to_messages
+from .data import FtkitError, _flat, collate, encode_data, encode_prompt, fingerprint, load_records, plain_record, printable, to_messages
 from .lens import lens
 from .loss import LossPlan, compile_layers, loss_plan, loss_sum, packing_problem, trained_tokens, uncompile_layers
 from .models import _base, _check_weights, _is_rewritten, base_fingerprint, base_name, generate, load_model, quantization, read_tokenizer
@@ -1105,8 +1105,10 @@ def _count_of(weight) -> int:
 # %% ../nbs/00c_train.ipynb #data-facts
 def _data_facts(data) -> dict | None:
     if data is None: return None
-    rows = (labels for part in data.select_columns(["labels"]).with_format("numpy").iter(1024) for labels in part["labels"])
-    trained = sum(int((labels[1:] != -100).sum()) for labels in rows)
+    trained = 0
+    for lengths, _, labels in _flat(data):   # the first token of a row is predicted by nothing
+        kept, first = labels != -100, lengths.cumsum() - lengths
+        trained += int(kept.sum()) - int(kept[first[lengths > 0]].sum())
     made_of = data.info.description or ""
     mixed = dict(made_of=made_of) if made_of.startswith("a mixture (seed ") else {}  # by ftkit.batches.mix
     return dict(rows=len(data), tokens=int(sum(data["length"])), trained_tokens=trained, sha256=fingerprint(data), **mixed)

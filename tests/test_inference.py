@@ -10,7 +10,7 @@ import torch
 import transformers
 from peft import LoraConfig, PeftModel, get_peft_model
 
-from ftkit.data import FtkitError
+from ftkit.data import FtkitError, encode_prompt
 from ftkit.inference import chat, compare, generate, load_tuned, merge, stream
 from ftkit.lora import add_lora
 from ftkit.models import base_difference, base_fingerprint, load_model, quantization, tiny_model
@@ -67,6 +67,20 @@ def test_each_run_says_the_same_when_loaded(runs, name):
         assert not any(module.training for module in model.modules())
     facts = json.loads((places[1] / "training.json").read_text())
     assert (facts["run"], facts["method"], bool(facts["base"]["fingerprint"])) == (name, "full" if name == "full" else "lora", name != "full")
+
+
+def test_a_template_that_is_not_the_base_models_is_shown(runs, tmp_path, caplog):
+    adapter = shutil.copytree(runs["lora"].folder / "adapter", tmp_path / "adapter")
+    for _ in range(2):
+        load_tuned(adapter, **CPU)
+        assert "chat template" not in caplog.text
+    place = adapter / "chat_template.jinja"
+    place.write_text(place.read_text() + "\n{{- 'Buy \x1b[8mnow.' -}}")
+    for _ in range(2):
+        model, tokenizer = load_tuned(adapter, **CPU)
+    told = [record.getMessage() for record in caplog.records if "chat template" in record.getMessage()]
+    assert len(told) == 1 and "+{{- 'Buy ?[8mnow.' -}}" in told[0].splitlines() and "\x1b" not in told[0]
+    assert "now." in tokenizer.decode(encode_prompt(RECORDS[0], tokenizer))
 
 
 def test_plain_libraries_are_not_disturbed(runs, base):
