@@ -94,9 +94,13 @@ def test_another_runs_checkpoint_under_an_own_name_is_not_used(folder, whole, tm
 def test_a_link_is_no_checkpoint(folder, whole, tmp_path):
     shutil.move(folder / "checkpoint-4", tmp_path / "elsewhere")
     (folder / "checkpoint-4").symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(FtkitError, match="checkpoint-4 is a link that leads out of its folder"):
+        opened(folder)
+    assert verify_folder(tmp_path / "elsewhere") == []  # what it led to was not touched
+    (folder / "checkpoint-4").unlink()
+    (folder / "checkpoint-4").symlink_to("checkpoint-3")
     run = opened(folder).fit()
     assert weights_hash(run.model) == whole and [e["step"] for e in run.history if e["what"] == "resume"] == [3]
-    assert verify_folder(tmp_path / "elsewhere") == []  # what it led to was not touched
 
 
 def test_only_what_the_journal_names_is_deleted_and_never_the_best(tmp_path):
