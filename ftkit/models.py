@@ -886,9 +886,9 @@ def read_tokenizer(
     from transformers import AutoTokenizer
 
     check_links(folder)
-    check_code(str(folder), folder, folder_revision(folder), trusted)
+    trusts = check_code(str(folder), folder, folder_revision(folder), trusted)
     with _quiet():
-        return AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=trusted is not None)
+        return AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=trusts)
 
 # %% ../nbs/00b_models.ipynb #locate
 def _locate(name):
@@ -1064,14 +1064,12 @@ def _examined(name, place, options, trusted):
     if "gguf_file" in options:
         return {"trust_remote_code": False}
     if Path(place).is_dir():
-        check_code(name, place, folder_revision(place), trusted)
-        return {"trust_remote_code": trusted is not None}
-    folder, commit = _from_hub(name, trusted, options["local_files_only"])
+        return {"trust_remote_code": check_code(name, place, folder_revision(place), trusted)}
+    folder, commit = _from_hub(name, trusted if isinstance(trusted, str) else None, options["local_files_only"])
     if (folder / "adapter_config.json").exists():
         raise FtkitError(f"{name} holds an adapter: `hf download {name} --local-dir folder`, and ftkit.inference.load_tuned('folder') loads it on its base")
-    check_code(name, folder, commit, trusted)
     _check_weights(folder)
-    return {"trust_remote_code": trusted is not None, "revision": commit}
+    return {"trust_remote_code": check_code(name, folder, commit, trusted), "revision": commit}
 
 # %% ../nbs/00b_models.ipynb #load-model
 def load_model(

@@ -204,7 +204,7 @@ def check_code(
     folder: str | Path,  # where its settings are
     revision: str,  # what is there: a commit, or `folder_revision`
     trusted: str | None = None,  # the revision whose code the user has read
-) -> None:
+) -> bool:  # whether there is code, and it is trusted
     "Raise `FtkitError` if a model brings code of its own that is not trusted, or is not in the model itself."
     found = code_in(folder)
     if trusted is True:
@@ -215,6 +215,7 @@ def check_code(
     for file in SETTINGS[:2] if found else ():
         if '--' in json.dumps(_settings(Path(folder) / file).get("auto_map")):
             raise FtkitError(f"{name}: its {file} names code in another repository, whose revision nobody has named: it is not loaded")
+    return bool(found)
 
 # %% ../nbs/00a2_untrusted.ipynb #secret-patterns
 _SECRET_NAMES = re.compile(r"(?:^|_)(?:TOKEN|SECRET|PASSWORD|PASSWD|APIKEY|KEY|CREDENTIALS?)S?(?:$|_)", re.I)

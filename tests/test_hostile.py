@@ -231,6 +231,7 @@ def test_code_is_trusted_by_its_revision(world):
     with (world / "base" / "special.py").open("a") as file: file.write("print('changed since')\n")
     with pytest.raises(FtkitError, match="another revision"): load_model(world / "base", **CPU, trust_remote_code=revision)
     with pytest.raises(FtkitError, match="True would trust whatever comes"): load_model(world / "base", **CPU, trust_remote_code=True)
+    with pytest.raises(FtkitError, match="brings code of its own"): load_model(world / "base", **CPU, trust_remote_code=False)
 
 
 @posix_only
