@@ -1999,8 +1999,7 @@ def _read_tokenizer(folder: Path):
     place = folder / "tokenizer"
     if not place.is_dir(): raise FtkitError(f"{place} is missing: give the tokenizer, or copy it there from the run's adapter/ or model/")
     try: return read_tokenizer(place)
-    except FtkitError: raise
-    except Exception as error: raise FtkitError(f"{place} holds no tokenizer that loads: {printable(error)[:200]}") from error
+    except Exception as error: raise FtkitError(f"{place} holds no tokenizer that loads: {printable(error)[:400]}") from error
 
 # %% ../nbs/00c_train.ipynb #training-facts
 @patch
