@@ -273,7 +273,7 @@ def test_undeclared_import_is_found(tmp_path):
     assert found == ["ftkit/a.py imports PIL, which settings.ini does not declare"]
 
 
-REQUIREMENT_KEYS = ["requirements", "qlora_requirements", "export_requirements", "scale_requirements"]
+REQUIREMENT_KEYS = ["requirements", "qlora_requirements", "doctor_requirements", "export_requirements", "scale_requirements"]
 
 
 def test_every_requirement_is_used():

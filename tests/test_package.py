@@ -85,7 +85,7 @@ def test_wheel_holds_the_package(archives):
         licences = [name for name in archive.namelist() if name.endswith("LICENSE")]
     assert names == package_files()
     assert "ftkit = ftkit.cli:main" in scripts and licences
-    for extra in ("dev", "qlora", "export", "scale"):
+    for extra in ("dev", "qlora", "doctor", "export", "scale"):
         assert f"Provides-Extra: {extra}\n" in metadata
     lines = {line.replace(" ", "").replace("<2,>=", ">=") for line in metadata.split("\n") if line.startswith("Requires-Dist") and "extra" not in line}
     assert lines == {f"Requires-Dist:{line}" for line in requirements(ROOT / "settings.ini", "requirements")}
