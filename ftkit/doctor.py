@@ -9,8 +9,8 @@ __all__ = ['CHECKS', 'Finding', 'mask', 'Tokens', 'tokens_of', 'Case', 'Check', 
            'generation_prompt_differs', 'system_role_dropped', 'thinking_stripped', 'exact_duplicates',
            'near_duplicates', 'held_out_nearly_in_training', 'empty_answers', 'placeholder_answers', 'refusals',
            'boilerplate', 'repeated_answers', 'label_imbalance', 'mojibake', 'control_characters', 'secrets',
-           'email_addresses', 'phone_numbers', 'languages', 'mixed_scripts', 'Report', 'diagnose', 'Change', 'Changes',
-           'fix']
+           'email_addresses', 'phone_numbers', 'languages', 'mixed_scripts', 'joined_tokens', 'Report', 'diagnose',
+           'Change', 'Changes', 'fix']
 
 # %% ../nbs/00b0_doctor.ipynb #exported-imports
 import copy
@@ -56,24 +56,33 @@ class Finding:
 # %% ../nbs/00b0_doctor.ipynb #private
 _EMAIL = re.compile(r"(?<![\w.+-])[A-Za-z0-9][\w.+-]{0,63}@(?:[A-Za-z0-9-]{1,63}\.){1,4}[A-Za-z]{2,24}(?![\w-])")
 _PHONE = re.compile(r"(?<![\w+./-])(?:\+\d{1,3}[ .-]?(?:\(\d{1,4}\)[ .-]?)?\d(?:[ .-]?\d){6,12}|\(\d{3}\) ?\d{3}[ .-]\d{4}|\d{3}[-.]\d{3}[-.]\d{4})(?![\w-]|\.\d)")
-_SECRETS = {
-    "AWS key": r"\b(?:AKIA|ASIA)[0-9A-Z]{16}\b", "GitHub token": r"\b(?:gh[pousr]_\w{20,255}|github_pat_\w{20,255})", "API key": r"\bsk-[\w-]{20,200}",
-    "Stripe key": r"\b[sr]k_(?:live|test)_\w{10,99}", "Google key": r"\bAIza[\w-]{35}", "Hugging Face token": r"\bhf_[A-Za-z]{20,64}\w*", "Slack token": r"\bxox[abprs]-[\w-]{10,200}",
-    "signed token": r"\beyJ[\w-]{8,4096}\.eyJ[\w-]{8,4096}\.[\w-]{8,4096}", "private key": r"-----BEGIN [A-Z ]{0,20}PRIVATE KEY-----[\s\S]{0,8192}?(?:-----END [A-Z ]{0,20}PRIVATE KEY-----|\Z)",
-    "password": r"(?i)\b(?:password|passwd|api[_-]?key|secret|access[_-]?token|auth[_-]?token)[\"']?\s{0,3}(?:[:=]|\bis\b)\s{0,3}[\"']?(?=[^\s\"',;]{0,99}\d)(?=[^\s\"',;]{0,99}[A-Za-z])[^\s\"',;]{8,200}",
+_SECRETS = {  # what it is: words one of which stands in any such text, and its shape
+    "AWS key": ("AKIA ASIA", r"\b(?:AKIA|ASIA)[0-9A-Z]{16}\b"),
+    "GitHub token": ("ghp_ gho_ ghu_ ghs_ ghr_ github_pat_", r"\b(?:gh[pousr]_\w{20,255}|github_pat_\w{20,255})"),
+    "API key": ("sk-", r"\bsk-(?=[\w-]*\d)[\w-]{20,200}"),
+    "Stripe key": ("k_live_ k_test_", r"\b[sr]k_(?:live|test)_\w{10,99}"),
+    "Google key": ("AIza", r"\bAIza[\w-]{35}"),
+    "Hugging Face token": ("hf_", r"\bhf_[A-Za-z0-9]{20,64}"),
+    "Slack token": ("xox", r"\bxox[abprs]-[\w-]{10,200}"),
+    "signed token": ("eyJ", r"\beyJ[\w-]{8,4096}\.eyJ[\w-]{8,4096}\.[\w-]{8,4096}"),
+    "private key": ("PRIVATE", r"-----BEGIN [A-Z ]{0,20}PRIVATE KEY-----[\s\S]{0,8192}?(?:-----END [A-Z ]{0,20}PRIVATE KEY-----|\Z)"),
+    "password": ("assword asswd api key secret token ASSWORD KEY SECRET TOKEN Secret Key Token", r"\b(?i:password|passwd|api[_-]?key|secret|access[_-]?token|auth[_-]?token)[\"']?\s{0,3}"
+                 r"(?:[:=]|\bis\b)\s{0,3}[\"']?(?=[^\s\"',;]{0,99}\d)(?=[^\s\"',;]{0,99}[A-Za-z])[^\s\"',;]{8,200}"),
 }
-_SECRET = re.compile("|".join(f"(?P<s{place}>{pattern.removeprefix('(?i)')})" for place, pattern in enumerate(_SECRETS.values())))
-_KINDS = list(_SECRETS)
+_SECRETS = {kind: (words.split(), re.compile(pattern)) for kind, (words, pattern) in _SECRETS.items()}
 
 # %% ../nbs/00b0_doctor.ipynb #mask
-def _kind_of(match: re.Match) -> str: return f"[{_KINDS[int(match.lastgroup[1:])]}]"
+def _mask_secrets(text: str) -> str:
+    for kind, (words, pattern) in _SECRETS.items():
+        if any(word in text for word in words): text = pattern.sub(f"[{kind}]", text)
+    return text
 
 
 def mask(
     text: str,  # any text of the data
 ) -> str:  # the text with `[AWS key]`, `[e-mail]`, `[phone]` and the like in place of what they name
     "Replace whatever looks like a secret, an e-mail address or a phone number by the name of what it was."
-    text = _SECRET.sub(_kind_of, text) if _HINT.search(text) else text
+    text = _mask_secrets(text)
     text = _EMAIL.sub("[e-mail]", text) if "@" in text else text
     return _PHONE.sub("[phone]", text)
 
@@ -81,9 +90,6 @@ def mask(
 def _shown(text: str, most: int = 90) -> str:
     text = printable(mask(text[:20_000]))
     return text if len(text) <= most else f"{text[:most * 2 // 3]} … {text[-most // 3:]}"
-
-# %% ../nbs/00b0_doctor.ipynb #hint
-_HINT = re.compile(r"AKIA|ASIA|gh[pousr]_|github_pat_|sk-|k_live_|k_test_|AIza|hf_|xox|eyJ|PRIVATE KEY|[Pp]ass|PASS|[Kk]ey|KEY|[Ss]ecret|SECRET|[Tt]oken|TOKEN")
 
 # %% ../nbs/00b0_doctor.ipynb #content
 def _content(message: dict) -> str:
@@ -218,13 +224,13 @@ def _sound(case: Case) -> np.ndarray:
     return sound
 
 
-@_check("mask", "rows that the loss does not see at all", "raise max_length or remove the row", reads="tokens", preflight=True, cost=0.2)
+@_check("mask", "rows that the loss does not see at all", "raise max_length or remove the row", reads="tokens", preflight=True, cost=10)
 def no_trained_tokens(case):
     rows = np.flatnonzero((case.tokens.count(case.tokens.trained) == 0) & _sound(case))
     yield from _found(case, "no_trained_tokens", rows, "has no token to train: the length limit leaves nothing of its answer, or the answer is empty", "stops", fix="remove")
 
 # %% ../nbs/00b0_doctor.ipynb #end-of-turn
-@_check("template", "answers whose end-of-turn token is not trained, so that the model would not learn to stop", "check the chat template and the mask", reads="tokens", preflight=True, cost=0.9)
+@_check("template", "answers whose end-of-turn token is not trained, so that the model would not learn to stop", "check the chat template and the mask", reads="tokens", preflight=True, cost=7.7)
 def end_of_turn_not_trained(case):
     tokens, sound = case.tokens, _sound(case)
     some = (tokens.count(tokens.trained) > 0) & sound
@@ -256,7 +262,7 @@ def _keys(tokens: Tokens) -> list[bytes]:
 
 
 @_check("content", "held-out rows that are in the training data too, so that the held-out figures say nothing", "remove them from the training data, or split again after removing duplicates",
-        reads="tokens", preflight=True, cost=0.6, safe=True)
+        reads="tokens", preflight=True, cost=3.6, safe=True)
 def held_out_in_training(case):
     if case.held_tokens is None: return
     held = set(_keys(case.held_tokens)) - {b""}
@@ -264,7 +270,7 @@ def held_out_in_training(case):
     yield from _found(case, "held_out_in_training", rows, "is in the held-out data too, so the held-out figures say nothing", fix="remove")
 
 # %% ../nbs/00b0_doctor.ipynb #pad-masked
-@_check("mask", "an end-of-turn token that is masked because the pad token is the same", "give the tokenizer a pad token of its own, or use encode_data, which masks by length", reads="tokens", cost=0.5)
+@_check("mask", "an end-of-turn token that is masked because the pad token is the same", "give the tokenizer a pad token of its own, or use encode_data, which masks by length", reads="tokens", cost=0.1)
 def pad_masked_as_end(case):
     pad, tokens = case.tokenizer.pad_token_id, case.tokens
     if pad is None or pad not in end_of_turn_ids(case.tokenizer) or len(tokens.ids) < 2: return
@@ -275,7 +281,7 @@ def pad_masked_as_end(case):
     yield from _found(case, "pad_masked_as_end", rows, f"masks the {case.tokenizer.pad_token!r} behind its answer, which is the pad token and the end of the turn", "stops" if len(rows) > len(tokens.lengths) / 2 else "warns")
 
 # %% ../nbs/00b0_doctor.ipynb #trained-share
-@_check("mask", "the share of tokens that are trained, and rows where it is below 1%", "shorten the prompts of these rows, or leave them out", reads="tokens", cost=0.2)
+@_check("mask", "the share of tokens that are trained, and rows where it is below 1%", "shorten the prompts of these rows, or leave them out", reads="tokens", cost=1.1)
 def trained_share(case):
     counts, lengths = case.tokens.count(case.tokens.trained), case.tokens.lengths
     rows = np.flatnonzero((counts > 0) & (counts < 0.01 * lengths))
@@ -286,7 +292,7 @@ def trained_share(case):
 _PERCENTILES = (5, 50, 95, 99, 100)
 
 
-@_check("length", "percentiles of the rows, their prompts and their responses in tokens", "", reads="tokens", cost=0.2)
+@_check("length", "percentiles of the rows, their prompts and their responses in tokens", "", reads="tokens", cost=1.0)
 def lengths(case):
     responses = case.tokens.count(case.tokens.trained)
     parts = {"rows": case.tokens.lengths + case.tokens.cut, "prompts": case.tokens.lengths - responses, "responses": responses}
@@ -301,7 +307,7 @@ def _padded(lengths: np.ndarray, batch_size: int) -> float:
     return 1 - lengths.sum() / max(1, sum(int(batch.max()) * len(batch) for batch in batches))
 
 
-@_check("length", "padding at the chosen batch size, and what grouping by length or packing would save", "group rows by length, or pack them", reads="tokens", cost=1.5)
+@_check("length", "padding at the chosen batch size, and what grouping by length or packing would save", "group rows by length, or pack them", reads="tokens", cost=2.9)
 def padding(case):
     rows = case.tokens.lengths[case.tokens.lengths > 0]
     if not len(rows): return
@@ -361,7 +367,7 @@ def _unwrap(tokenizer: object) -> Callable[[str], str]:
     return unwrapped
 
 # %% ../nbs/00b0_doctor.ipynb #template-twice
-@_check("template", "texts that are wrapped in a chat template already, this one or another model's", "give the plain texts; fix unwraps those that are exactly one turn", cost=6, safe=True)
+@_check("template", "texts that are wrapped in a chat template already, this one or another model's", "give the plain texts; fix unwraps those that are exactly one turn", cost=0.9, safe=True)
 def template_applied_twice(case):
     marks = _turn_marks(case.tokenizer)
     own = [re.escape(mark.strip()) for mark in (marks or ())[:2] if len(mark.strip()) > 3]
@@ -379,7 +385,7 @@ def _special(tokenizer: object) -> list[str]:
     return sorted((mark for mark in {*added, *tokenizer.all_special_tokens} if mark.strip()), key=len, reverse=True)
 
 
-@_check("template", "special tokens that stand in a text as if somebody had typed them", "take them out of the text", cost=3)
+@_check("template", "special tokens that stand in a text as if somebody had typed them", "take them out of the text", cost=0.2)
 def special_tokens_in_text(case):
     marks = _special(case.tokenizer)
     if not marks: return
@@ -389,14 +395,14 @@ def special_tokens_in_text(case):
     yield from _found(case, "special_tokens_in_text", rows, f"holds {', '.join(names[:4])} in its text", fix="edit", edit=lambda text: pattern.sub("", text))
 
 # %% ../nbs/00b0_doctor.ipynb #not-encodable
-@_check("template", "rows that cannot be encoded: no conversation, or one that the template refuses", "mend or remove the row", reads="both", cost=1)
+@_check("template", "rows that cannot be encoded: no conversation, or one that the template refuses", "mend or remove the row", reads="both", cost=0.1)
 def not_encodable(case):
     if case.records is None: return
     rows = [row for row in sorted(case.refused) if case.answers[row] is None or case.answers[row].strip()]
     if rows: yield from _found(case, "not_encodable", rows, f"cannot be encoded: {_shown(case.refused[rows[0]], 200)}", "stops", fix="remove")
 
 # %% ../nbs/00b0_doctor.ipynb #generation-prompt
-@_check("template", "a generation prompt that training does not show, so that answers begin where the model never stood", "set another chat template", reads="tokens", cost=0)
+@_check("template", "a generation prompt that training does not show, so that answers begin where the model never stood", "set another chat template", reads="tokens", cost=0.0)
 def generation_prompt_differs(case):
     chat = [{"role": "user", "content": "ftk question"}, {"role": "assistant", "content": "ftk answer"}]
     prompt, whole = _render(case.tokenizer, chat[:1], True), _render(case.tokenizer, chat)
@@ -405,7 +411,7 @@ def generation_prompt_differs(case):
     yield Finding("generation_prompt_differs", "stops" if case.records is None else "warns", (), f"generation starts behind {printable(prompt[common:])[:60]!r}, training has {printable(whole[common:])[:40]!r} there", printable(prompt)[-60:])
 
 # %% ../nbs/00b0_doctor.ipynb #system-dropped
-@_check("template", "system messages that the template leaves out or refuses", "put the system text into the first user message", cost=0.5)
+@_check("template", "system messages that the template leaves out or refuses", "put the system text into the first user message", cost=0.2)
 def system_role_dropped(case):
     rows = [row for row, messages in enumerate(case.messages) if messages and messages[0].get("role") == "system"]
     chat = [{"role": role, "content": f"ftk {role}"} for role in ("system", "user", "assistant")]
@@ -414,7 +420,7 @@ def system_role_dropped(case):
     yield from _found(case, "system_role_dropped", rows, "has a system message, which the chat template " + ("leaves out" if text else "refuses"), "stops")
 
 # %% ../nbs/00b0_doctor.ipynb #thinking
-@_check("template", "thinking in earlier answers, which the template strips: training would not see what the data holds", "train each answer as a record of its own: one_answer_per_record", cost=1)
+@_check("template", "thinking in earlier answers, which the template strips: training would not see what the data holds", "train each answer as a record of its own: one_answer_per_record", cost=0.4)
 def thinking_stripped(case):
     thinks = lambda message: message.get("role") == "assistant" and ("<think>" in _content(message) or bool(message.get("reasoning_content")))
     rows = [row for row, messages in enumerate(case.messages) if any(map(thinks, messages[:-1]))]
@@ -424,7 +430,7 @@ def thinking_stripped(case):
     yield from _found(case, "thinking_stripped", rows, "has thinking in an earlier answer, which the chat template strips from the history")
 
 # %% ../nbs/00b0_doctor.ipynb #exact-duplicates
-@_check("content", "rows that stand there more than once, word for word", "keep the first of each", cost=1, safe=True)
+@_check("content", "rows that stand there more than once, word for word", "keep the first of each", cost=2.6, safe=True)
 def exact_duplicates(case):
     seen, rows = set(), []
     for row, (prompt, answer) in enumerate(zip(case.prompts, case.answers)):
@@ -476,7 +482,7 @@ def _pairs(signatures: list, others: list) -> Iterator[tuple[int, int]]:
         if same: yield row, min(same)
 
 
-@_check("content", "rows that are nearly the same as an earlier one", "look at them; fix removes the later ones if asked to by name", cost=600, extra="datasketch")
+@_check("content", "rows that are nearly the same as an earlier one", "look at them; fix removes the later ones if asked to by name", cost=120, extra="datasketch")
 def near_duplicates(case):
     exact, texts = {row for finding in exact_duplicates(case) for row in finding.rows}, case.texts
     texts = ["" if row in exact else text for row, text in enumerate(texts)]
@@ -486,7 +492,7 @@ def near_duplicates(case):
     yield from _found(case, "near_duplicates", pairs, f"is nearly the same as row {first[1]}", fix="remove")
 
 # %% ../nbs/00b0_doctor.ipynb #near-leak
-@_check("content", "prompts that are nearly those of held-out rows", "look at them; fix removes them from the training data if asked to by name", cost=600, extra="datasketch")
+@_check("content", "prompts that are nearly those of held-out rows", "look at them; fix removes them from the training data if asked to by name", cost=57, extra="datasketch")
 def held_out_nearly_in_training(case):
     if case.held_records is None: return
     exact = {row for finding in held_out_in_training(case) for row in finding.rows} if case.tokens else set()
@@ -500,15 +506,15 @@ def held_out_nearly_in_training(case):
 _PLACEHOLDER = re.compile(r"\W*(?:todo|tbd|fixme|xxx+|lorem ipsum.*|insert (?:answer|text|response) here|(?:your )?(?:answer|response|output|text)(?: goes)? here|noinput|no ?output|nan|null|undefined)?\W*", re.IGNORECASE | re.DOTALL)
 
 
-@_check("content", "answers without any text", "remove the rows", cost=0.3, safe=True)
+@_check("content", "answers without any text", "remove the rows", cost=5.3, safe=True)
 def empty_answers(case):
     rows = [row for row, messages in enumerate(case.messages) if messages and not (case.answers[row] or "").strip() and not messages[-1].get("tool_calls")]
     yield from _found(case, "empty_answers", rows, "has no answer", "stops", fix="remove")
 
 
-@_check("content", "answers that only hold the place of one: TODO, N/A, dots", "remove the rows, or write the answers", cost=0.4)
+@_check("content", "answers that only hold the place of one: TODO, N/A, dots", "remove the rows, or write the answers", cost=0.6)
 def placeholder_answers(case):
-    rows = [row for row, answer in enumerate(case.answers) if answer and answer.strip() and len(answer) < 200 and not any(c.isalnum() for c in _PLACEHOLDER.sub("", answer, 1) or "") and _is_placeholder(answer)]
+    rows = [row for row, answer in enumerate(case.answers) if answer and answer.strip() and len(answer) < 200 and _is_placeholder(answer)]
     yield from _found(case, "placeholder_answers", rows, "has a placeholder for an answer", fix="remove", text=lambda row: case.answers[row])
 
 
@@ -520,14 +526,14 @@ _REFUSAL = re.compile(r"\s*(?:I['’]m sorry,? but|I apologi[sz]e,? but|Sorry,? 
                       r"As an? (?:AI|artificial intelligence|(?:large )?language model))|.{0,200}\bas an? (?:AI|large) language model\b", re.IGNORECASE)
 
 
-@_check("content", "answers that refuse, or speak as another model", "remove those that are not wanted: a few hundred teach refusing", cost=3)
+@_check("content", "answers that refuse, or speak as another model", "remove those that are not wanted: a few hundred teach refusing", cost=3.3)
 def refusals(case):
     rows = [row for row, answer in enumerate(case.answers) if answer and _REFUSAL.match(answer)]
     share = len(rows) / max(1, len(case.answers))
     yield from _found(case, "refusals", rows, f"refuses, or speaks as another model ({share:.1%} of the answers do)", "warns" if share > 0.01 else "note", fix="remove", text=lambda row: case.answers[row])
 
 # %% ../nbs/00b0_doctor.ipynb #boilerplate
-@_check("content", "answers that begin with the same six words", "vary or cut the opening, if it is not wanted: it is learned first", cost=2)
+@_check("content", "answers that begin with the same six words", "vary or cut the opening, if it is not wanted: it is learned first", cost=4.6)
 def boilerplate(case):
     openings = {}
     for row, answer in enumerate(case.answers):
@@ -539,15 +545,15 @@ def boilerplate(case):
 
 # %% ../nbs/00b0_doctor.ipynb #repeated
 def _is_closed(answers: list[str]) -> bool:
-    "Whether the answers are labels: few, short, often repeated."
+    "Whether the answers (20 or more) are labels: few, short, often repeated."
     counts = Counter(answers)
-    return bool(answers) and len(counts) <= max(2, min(50, len(answers) / 10)) and max(map(len, counts)) <= 60
+    return len(answers) >= 20 and len(counts) <= max(2, min(50, len(answers) / 10)) and max(map(len, counts)) <= 60
 
 
-@_check("content", "long answers that are given word for word to several prompts", "write answers to what is asked, or remove the rows", cost=1)
+@_check("content", "long answers, labels apart, that are given word for word to several prompts", "write answers to what is asked, or remove the rows", cost=2.0)
 def repeated_answers(case):
     given = [(row, answer.strip()) for row, answer in enumerate(case.answers) if answer]
-    if _is_closed([answer for _, answer in given]): return
+    if _fields(case.answers): return  # labels are repeated by nature
     asked = {}
     for row, answer in given: asked.setdefault(answer, {}).setdefault(case.prompts[row], row)
     rows = sorted(row for answer, prompts in asked.items() if len(answer) >= 20 and len(prompts) >= 3 for row in prompts.values())
@@ -568,7 +574,7 @@ def _fields(answers: list[str]) -> dict[str, list[tuple[int, str]]]:
     return {name: pairs for name, pairs in columns.items() if len(pairs) > len(answers) / 2 and _is_closed([value for _, value in pairs])}
 
 # %% ../nbs/00b0_doctor.ipynb #label-imbalance
-@_check("content", "labels of a closed vocabulary of which some are rare or one is nearly all", "collect more of the rare ones, or train on them more often", cost=3)
+@_check("content", "labels of a closed vocabulary of which some are rare or one is nearly all", "collect more of the rare ones, or train on them more often", cost=0.6)
 def label_imbalance(case):
     for name, pairs in _fields(case.answers).items():
         counts = Counter(value for _, value in pairs)
@@ -595,7 +601,7 @@ def _around(text: str, pattern: re.Pattern) -> str:
 _DAMAGED = re.compile(r"[ÃÂâÅÄÐÑðïãÎÏØÙ\x80-\x9f]")
 
 
-@_check("content", "text decoded with the wrong code page (cafÃ©), or with characters lost", "fix repairs what can be repaired; what is lost (�) is to be taken from the source", cost=3, safe=True, extra="ftfy")
+@_check("content", "text decoded with the wrong code page (cafÃ©), or with characters lost", "fix repairs what can be repaired; what is lost (�) is to be taken from the source", cost=2.0, safe=True, extra="ftfy")
 def mojibake(case):
     edit = require("ftfy", "doctor").fix_encoding
     yield from _edited(case, "mojibake", _DAMAGED, "was decoded with the wrong code page", edit)
@@ -606,23 +612,25 @@ def mojibake(case):
 _CONTROL = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]|[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x84\x86-\x9f\ufeff\ufff9-\ufffb]")
 
 
-@_check("content", "control characters and terminal colours", "fix removes them", cost=2, safe=True)
+@_check("content", "control characters and terminal colours", "fix removes them", cost=2.4, safe=True)
 def control_characters(case):
     yield from _edited(case, "control_characters", _CONTROL, "holds control characters", lambda text: _CONTROL.sub("", text))
 
 # %% ../nbs/00b0_doctor.ipynb #private-checks
-@_check("content", "keys, tokens and passwords", "revoke them, then fix(..., checks=['secrets'])", cost=2)
+@_check("content", "keys, tokens and passwords", "revoke them, then fix(..., checks=['secrets'])", cost=8.3)
 def secrets(case):
-    yield from _edited(case, "secrets", _SECRET, "holds what looks like a secret", lambda text: _SECRET.sub(_kind_of, text))
+    rows = [row for row, text in enumerate(case.texts) if _mask_secrets(text) != text]
+    shown = lambda row: _around(_mask_secrets(case.texts[row]), re.compile(r"\[(?:" + "|".join(_SECRETS) + r")\]"))
+    yield from _found(case, "secrets", rows, "holds what looks like a secret", fix="edit", edit=_mask_secrets, text=shown)
 
 
-@_check("content", "e-mail addresses", "fix(..., checks=['email_addresses']) replaces them", cost=1)
+@_check("content", "e-mail addresses", "fix(..., checks=['email_addresses']) replaces them", cost=0.1)
 def email_addresses(case):
     rows = [row for row, text in enumerate(case.texts) if "@" in text and _EMAIL.search(text)]
     yield from _found(case, "email_addresses", rows, "holds an e-mail address", fix="edit", edit=lambda text: _EMAIL.sub("[e-mail]", text), text=lambda row: _private(case.texts[row], _EMAIL))
 
 
-@_check("content", "phone numbers", "fix(..., checks=['phone_numbers']) replaces them", cost=8)
+@_check("content", "phone numbers", "fix(..., checks=['phone_numbers']) replaces them", cost=5.3)
 def phone_numbers(case):
     rows = [row for row, text in enumerate(case.texts) if _PHONE.search(text)]
     yield from _found(case, "phone_numbers", rows, "holds a phone number", fix="edit", edit=lambda text: _PHONE.sub("[phone]", text), text=lambda row: _private(case.texts[row], _PHONE))
@@ -643,7 +651,7 @@ def _language(text: str) -> str | None:
     return require("py3langid", "doctor").classify(text[:600])[0]
 
 
-@_check("content", "rows in a rare language, and answers in another language than their question", "remove them, or collect more of that language", cost=60, extra="py3langid")
+@_check("content", "rows in a rare language, and answers in another language than their question", "remove them, or collect more of that language", cost=24, extra="py3langid")
 def languages(case):
     sample = sorted(random.Random(0).sample(range(len(case.messages)), min(_SAMPLE, len(case.messages))))
     spoken = {row: (_language(_question(case.messages[row])), _language(case.answers[row] or "")) for row in sample}
@@ -666,7 +674,7 @@ def _script(letter: str) -> str: return unicodedata.name(letter, "UNKNOWN").spli
 _TWO_SCRIPTS = re.compile(r"(?:[A-Za-z]+[Ͱ-ԯ]|[Ͱ-ԯ]+[A-Za-z])[A-Za-zͰ-ԯ]*")
 
 
-@_check("content", "words with letters of two scripts, which look alike", "write the word in one script", cost=5)
+@_check("content", "words with letters of two scripts, which look alike", "write the word in one script", cost=0.2)
 def mixed_scripts(case):
     wrong = lambda text: any({"LATIN", "CYRILLIC"} <= (kinds := {_script(c) for c in word}) or {"LATIN", "GREEK"} <= kinds and len(word) > 4 for word in _TWO_SCRIPTS.findall(text))
     rows = [row for row, text in enumerate(case.texts) if not text.isascii() and wrong(text)]
@@ -694,7 +702,10 @@ def _encode(records: list, tokenizer: object, max_length: int | None, first: int
     return left + right, bad | worse
 
 # %% ../nbs/00b0_doctor.ipynb #join
-def _joined(parts: list[Tokens]) -> Tokens:
+def joined_tokens(
+    parts: list[Tokens],  # stretches of rows, in order
+) -> Tokens:
+    "All rows as one."
     if not parts: return Tokens(np.zeros(0, np.int32), np.zeros(0, bool), np.zeros(1, np.int64), np.zeros(0, np.int64))
     starts = np.concatenate([[0], np.cumsum(np.concatenate([part.lengths for part in parts]))])
     return Tokens(*(np.concatenate([getattr(part, name) for part in parts]) for name in ("ids", "trained")), starts, np.concatenate([part.cut for part in parts]))
@@ -706,7 +717,7 @@ def _examine(records: list, tokenizer: object, max_length: int | None) -> tuple[
         for first in range(0, len(records), 2000):
             found, bad = _encode(records[first:first + 2000], tokenizer, max_length, first)
             parts, refused = parts + found, refused | bad
-    return _joined(parts), refused
+    return joined_tokens(parts), refused
 
 # %% ../nbs/00b0_doctor.ipynb #case-of
 def _is_encoded(data: object) -> bool:
@@ -789,7 +800,7 @@ def _plot(tokens: Tokens):
     responses, rows = tokens.count(tokens.trained), tokens.lengths + tokens.cut
     figure = Figure(figsize=(9, 2.8), layout="constrained")
     lengths_axes, share_axes = figure.subplots(1, 2)
-    edges = np.histogram_bin_edges(rows, bins=40) if len(rows) else 10
+    edges = np.linspace(0, max(1, int(rows.max(initial=0))), 41)
     for values, name, colour in ((tokens.lengths - responses, "prompt", "#7f9fbf"), (responses, "response", "#2ea043")):
         lengths_axes.hist(values, bins=edges, alpha=0.65, label=name, color=colour)
     for percent in (50, 95) if len(rows) else ():
