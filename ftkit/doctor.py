@@ -12,6 +12,7 @@ import html
 import io
 import json
 import logging
+import os
 import random
 import re
 import time
@@ -341,8 +342,9 @@ def _turn_marks(tokenizer: object) -> tuple[str, str, str] | None:
     chat = [{"role": role, "content": f"ftk{place}"} for place, role in enumerate(("user", "assistant", "user"))]
     once, twice, asked = _render(tokenizer, chat[:2]), _render(tokenizer, chat), _render(tokenizer, chat[:1], True)
     if not once or not twice or not asked or not all(f"ftk{i}" in twice for i in range(3)): return None
-    closing = once.partition("ftk1")[2]
+    ending = once.partition("ftk1")[2]
     between = twice.partition("ftk1")[2].partition("ftk2")[0]
+    closing = os.path.commonprefix([between, ending])  # some templates end the whole conversation with one token more
     return between.removeprefix(closing), asked.partition("ftk0")[2], closing
 
 # %% ../nbs/00b0_doctor.ipynb #unwrap
