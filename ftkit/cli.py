@@ -530,6 +530,50 @@ def _silence(folder: Path, waited: float) -> str:
     return (f"no answer in {waited:g} s; the run's last sign of life was step {events[-1]['step']}, {max(0, time.time() - last):.0f} s ago. "
             "It will answer at the end of its step if its process lives")
 
+# %% ../nbs/91_cli.ipynb #diagnose
+@main.command("diagnose")
+@click.argument("data", metavar="DATA")
+@click.option("--model", default="smollm2-135m", show_default=True, help="Whose tokenizer and chat template count: a hub name or a folder.")
+@click.option("--held-out", type=_FILE, help="Records that must not be in DATA.")
+@click.option("--max-length", type=click.IntRange(1), default=1024, show_default=True, help="Tokens of a row.")
+@click.option("--without", multiple=True, metavar="CHECK", help="Leave this check out; may be repeated.")
+@click.option("--fix", "out", type=_FILE, help="Write the data with the safe fixes to this JSONL file, and list the changes.")
+def _diagnose(data, model, held_out, max_length, without, out):
+    "Look for what is wrong with DATA, before anything is trained on it.\n\nExit code 1 if a finding would make training worthless."
+    from ftkit.core import write_atomic
+    from ftkit.doctor import diagnose, fix
+    records, held = _unchecked(data), load_records(held_out) if held_out else None
+    report = diagnose(records, _tokenizer(model), held, max_length, without=without)
+    click.echo(repr(report))
+    if out:
+        mended, changes = fix(records, report)
+        write_atomic(out, "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in mended))
+        click.echo(f"\n{changes!r}\nwritten to {out}: {len(mended):,} of {len(records):,} rows")
+    return FAILED if report.stops else DONE
+
+# %% ../nbs/91_cli.ipynb #unchecked
+def _unchecked(path: str) -> list:
+    "Every record of a file, those that cannot be trained on as well; lines that are no JSON are an error."
+    from ftkit.data import _decode, _entries, _parse
+    name, entries = _entries(path)
+    try:
+        records = []
+        for place, raw in entries:
+            try: records.append(_parse(_decode(raw) if isinstance(raw, bytes) else raw))
+            except FtkitError as error: raise FtkitError(f"{place}: {error}") from None
+    except FtkitError as error: raise FtkitError(f"{name}: {error}") from None
+    if not records: raise FtkitError(f"{name}: no record in it")
+    return records
+
+
+def _tokenizer(model: str):
+    "The tokenizer of a model, whose weights are not loaded."
+    from ftkit.models import _locate
+    from transformers import AutoTokenizer
+    place, options = _locate(model)
+    try: return AutoTokenizer.from_pretrained(place, **options)
+    except (OSError, ValueError) as error: raise FtkitError(f"there is no tokenizer at {model}: {(str(error).strip() or type(error).__name__).splitlines()[0][:200]}") from None
+
 # %% ../nbs/91_cli.ipynb #demo
 @main.command("demo")
 @click.option("--steps", type=click.IntRange(1), help="Optimizer steps; without it, the full demo.")

@@ -1078,8 +1078,8 @@ def _preflight(self: Run):
     if unknown: raise FtkitError(f"allow={unknown[0]!r} is no finding of the pre-flight; there are {', '.join(FINDINGS)}")
     findings = preflight(self.data, self.tokenizer, self.held_out)
     for finding in findings:
-        if finding.stops and finding.name not in self.allow: raise FtkitError(f"{finding.message} (to train all the same: allow={finding.name!r})")
-    for finding in findings: self.say(f"pre-flight, {'allowed' if finding.stops else 'warning'} ({finding.name}): {finding.message}")
+        if finding.stops and finding.check not in self.allow: raise FtkitError(f"{finding.message}; {finding.remedy} (to train all the same: allow={finding.check!r})")
+    for finding in findings: self.say(f"pre-flight, {'allowed' if finding.stops else 'warning'} ({finding.check}): {finding.message}; {finding.remedy}")
 
 # %% ../nbs/00c_train.ipynb #make-trainer
 @patch
