@@ -531,7 +531,7 @@ def _make_finding(self: RowBrowser, place: int, finding: object) -> widgets.HBox
     return _row(*parts, *([self._fixes[place]] if finding.fix else []))
 
 # %% ../nbs/00c9_rows.ipynb #make-findings-severity-looks
-SEVERITY_LOOKS = {"error": "failed", "warning": "paused", "note": "running"}  # colours of the states of a run
+SEVERITY_LOOKS = {"stops": "failed", "warns": "paused", "note": "running"}  # colours of the states of a run
 
 # %% ../nbs/00c9_rows.ipynb #choose
 @patch
@@ -542,24 +542,22 @@ def _choose(self: RowBrowser, place: int):
     self._arrange()
 
 # %% ../nbs/00c9_rows.ipynb #changes-html
-def _differing(before: dict, after: dict) -> list[tuple[str, object, object]]:
-    names = dict.fromkeys([*before, *after])
-    return [(name, before.get(name), after.get(name)) for name in names if before.get(name) != after.get(name)]
-
-# %% ../nbs/00c9_rows.ipynb #changes-html-change-html
 def _change_html(change: object) -> str:
-    if change.after is None: return f"<tr><td>row {change.row:,} removed</td><td>{_field_html(change.before, 300)}</td><td>–</td></tr>"
-    return "".join(f"<tr><td>row {change.row:,} {_says(name, 60)}</td><td>{_field_html(before, 300)}</td><td>{_field_html(after, 300)}</td></tr>"
-                   for name, before, after in _differing(change.before, change.after))
+    after = "–" if change.action == "removed" else _field_html(change.after, 300)
+    return f"<tr><td>row {change.row:,} {_says(change.action, 20)}, {_says(change.check, 60)}</td><td>{_field_html(change.before, 300)}</td><td>{after}</td></tr>"
 
 # %% ../nbs/00c9_rows.ipynb #changes-html-changes-html
 def _changes_html(changes: list, most: int = 20) -> str:
     if not changes: return ""
-    removed = sum(change.after is None for change in changes)
-    more = f'<div class="ftk-muted">and {len(changes) - most:,} more</div>' if len(changes) > most else ""
+    removed = _removed(changes)
+    edited = {change.row for change in changes} - removed
+    more = f'<div class="ftk-muted">and {len(changes) - most:,} more changes</div>' if len(changes) > most else ""
+    head = f"{len(edited):,} rows changed, {len(removed):,} removed, in a copy: <code>browser.data</code>. No file was written."
     rows = "".join(map(_change_html, changes[:most]))
-    head = f"{len(changes) - removed:,} rows changed, {removed:,} removed, in a copy: <code>browser.data</code>. No file was written."
     return f'<div role="status">{head}</div><div class="ftk-scroll"><table class="ftk-table"><tr><th>where</th><th>before</th><th>after</th></tr>{rows}</table>{more}</div>'
+
+# %% ../nbs/00c9_rows.ipynb #changes-html-removed
+def _removed(changes: list) -> set[int]: return {change.row for change in changes if change.action == "removed"}
 
 # %% ../nbs/00c9_rows.ipynb #fixing
 def _fixed(data: object, findings: list) -> tuple[object, list]:
@@ -585,7 +583,7 @@ def data(self: RowBrowser) -> object:
     "The data with the fixes that were pressed and without the marked rows, a list or a Dataset; the original is untouched."
     with self._lock:
         self._read_marks()
-        removed = {change.row for change in self.changes if change.after is None}
+        removed = _removed(self.changes)
         numbers = [number for number in range(len(self.rows)) if number not in removed]  # the original number of each row of the fixed data
         kept = [place for place, number in enumerate(numbers) if number not in self._marked]
         return self._data.select(kept) if hasattr(self._data, "select") else [self._data[place] for place in kept]

@@ -202,7 +202,7 @@ def test_preflight_says_how_far_it_looked():
     _, tokenizer = tiny_model("llama")
     data = encode_data([dict(instruction="x" * 50, output="y")] * 1000, tokenizer, max_length=40)
     finding = preflight(data, tokenizer, seconds=0)[0]
-    assert finding.name == "no_trained_tokens" and "256 such rows (of the first 256 rows looked at)" in finding.message
+    assert finding.check == "no_trained_tokens" and "256 such rows (of the first 256 rows looked at)" in finding.message
     finding = preflight(data, tokenizer, seconds=60)[0]
     assert "1,000 such rows" in finding.message and "looked at" not in finding.message
 

@@ -83,10 +83,13 @@ def take_rows(notebook, out: Path):
     page.mouse.move(0, 0)
     take(notebook, out / "rows-found.png", ".ftk-panel:visible")
     press(page, "clear")
+    page.locator(".ftk-row-title-0", has_text="row 0").wait_for()
     page.locator(".ftk-order select").select_option(label="highest loss first")
     page.wait_for_function("document.querySelector('.ftk-row-title-0').textContent.match(/^row (7|21|33) /)", timeout=300_000)
     page.locator(".ftk-show select").select_option(label="tokens by loss")
-    page.locator(".ftk-row-title-4", has_text="nats each").wait_for(timeout=120_000)
+    for place in range(5):
+        page.locator(f".ftk-row-title-{place}", has_text="nats each").wait_for(timeout=120_000)
+    page.wait_for_timeout(1000)
     page.mouse.move(0, 0)
     take(notebook, out / "rows-loss.png", ".ftk-panel:visible", above=".ftk-slot:nth-child(4)")
 

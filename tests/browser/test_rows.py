@@ -25,11 +25,11 @@ class Finding(SimpleNamespace): pass
 
 def fix(data, findings):
     rows = {row for finding in findings for row in finding.rows}
-    changes = [SimpleNamespace(row=row, before=data[row], after=None) for row in sorted(rows)]
+    changes = [SimpleNamespace(row=row, check="placeholder", action="removed", before=data[row]["output"], after="") for row in sorted(rows)]
     return data.select([row for row in range(len(data)) if row not in rows]), changes"""
 START = """\
 tokenizer = PreTrainedTokenizerFast.from_pretrained("tokenizer")
-findings = [Finding(check="placeholder", severity="warning", rows=[77, 200, 410], message="3 answers are placeholders: <b>TODO</b>", remedy="leave them out", fix="remove"),
+findings = [Finding(check="placeholder", severity="warns", rows=[77, 200, 410], message="3 answers are placeholders: <b>TODO</b>", remedy="leave them out", fix="remove"),
             Finding(check="markup", severity="note", rows=[0, 1], message="2 rows hold markup", remedy="", fix=None)]
 browser = browse("chats.jsonl", tokenizer, report=SimpleNamespace(findings=findings))
 browser"""

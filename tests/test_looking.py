@@ -7,6 +7,7 @@ import pytest
 from datasets import Dataset
 
 from ftkit.data import encode, encode_data, show_batch
+from ftkit.doctor import diagnose
 from ftkit.lens import show_losses
 from ftkit.models import tiny_model
 from ftkit.rows import browse, find_rows, read_marks, row_key, without_marked
@@ -90,6 +91,22 @@ def test_a_pattern_cannot_hang_and_a_row_of_many_tokens_is_no_page_of_many():
     assert find_rows(long, r"^(a|aa)+$", regex=True) == [] and find_rows(long, r"(a*)*!", regex=True) == [0]
     page = show_batch(encode_data(long, tokenizer, max_length=None), tokenizer)._repr_html_()
     assert "tokens not shown" in page and page.count("<span") < 4100 and "<u>b</u>" in page
+
+
+def test_the_findings_of_the_doctor_lead_to_rows_and_are_fixed_in_a_copy():
+    tokenizer = tiny_model()[1]
+    records = [dict(instruction=f"What is {number} and 1?", output=f"It is {number + 1}.") for number in range(30)]
+    records[4]["output"], records[9], records[17]["output"] = "TODO", dict(records[8]), "It is \x07 18."
+    browser = browse(records, tokenizer, diagnose(records, tokenizer))
+    placed = {finding.check: place for place, finding in enumerate(browser.findings)}
+    wanted = {"placeholder_answers": [4], "exact_duplicates": [9], "control_characters": [17]}
+    for check, rows in wanted.items():
+        getattr(browser, f"show_{placed[check]}").click()
+        assert browser.found.tolist() == rows and check in browser.row_title_0.value
+        getattr(browser, f"fix_{placed[check]}").click()
+    assert not browser.rows_notice.value and len(browser.data) == 28 and {change.row for change in browser.changes} == {4, 9, 17}
+    assert "1 rows changed, 2 removed" in browser.fixes_done.value and browser.data[15]["output"] == "It is  18." and records[4]["output"] == "TODO"
+    browser.close()
 
 
 def test_no_file_but_the_marks_is_written(tmp_path):
