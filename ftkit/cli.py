@@ -25,7 +25,9 @@ import click
 
 from . import __version__
 from .control import ACTIONS, confirmation, read_journal, send
-from .data import FtkitError, load_records, printable, train_test_split
+from .data import FtkitError, printable, train_test_split
+from .untrusted import redacted
+from .sources import load_data
 
 # %% ../nbs/91_cli.ipynb #exit-codes
 DONE, FAILED, WRONG, STOPPED, REFUSED, UNHEARD, INTERRUPTED = 0, 1, 2, 3, 4, 5, 130
@@ -43,7 +45,10 @@ EXIT_CODES = {
 # %% ../nbs/91_cli.ipynb #in-options
 _TYPED = {r"\ballow='(\w+)'": r"--allow \1", r"\bany_base=True": "--any-base", r"\braise max_length\b": "raise --max-length",
           r"\bmax_steps=(\d+)": r"--steps \1", r"\bby name=\.\.\.": "by --name", r"\bheld_out=records\b": "--held-out FILE",
-          r"\b(form|numbers)='(\w+)'": r"--\1 \2"}
+          r"\b(form|numbers|format|split)='([\w.-]+)'": r"--\1 \2", r"\bcolumns=\{([^{}]*)\}": lambda found: _columns_typed(found[1])}
+
+
+def _columns_typed(pairs: str) -> str: return " ".join(f"--column {shlex.quote(f'{old}={new}')}" for old, new in re.findall("'([^']*)': '([^']*)'", pairs))
 
 
 def _in_options(line: str) -> str:
@@ -55,7 +60,7 @@ def explain(
     error: BaseException,  # what ended a command
 ) -> tuple[int, str]:  # exit code (see `EXIT_CODES`) and one line
     "The exit code and the one line for an error."
-    if isinstance(error, FtkitError): return WRONG, _in_options(printable(error))
+    if isinstance(error, FtkitError): return WRONG, _in_options(redacted(printable(error)))
     if isinstance(error, click.ClickException): return error.exit_code, _usage(error)
     if isinstance(error, (click.Abort, KeyboardInterrupt)): return INTERRUPTED, "interrupted"
     if isinstance(error, OSError) and error.strerror:
@@ -63,7 +68,7 @@ def explain(
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
         return FAILED, "out of memory: try a smaller --batch-size or --max-length, or --set gradient_checkpointing=true"
     first = (str(error).strip() or "no message").splitlines()[0]
-    return FAILED, printable(f"unexpected {type(error).__name__}: {first[:300]} (FTKIT_DEBUG=1 shows where)")
+    return FAILED, redacted(printable(f"unexpected {type(error).__name__}: {first[:300]} (FTKIT_DEBUG=1 shows where)"))
 
 
 def _usage(error: click.ClickException) -> str:
@@ -81,7 +86,7 @@ class _Cli(click.Group):
         try: code = run()
         except click.exceptions.NoArgsIsHelpError as error: code = error.show() or WRONG
         except (Exception, KeyboardInterrupt) as error:
-            if os.environ.get("FTKIT_DEBUG", "0") not in ("", "0"): traceback.print_exc()
+            if os.environ.get("FTKIT_DEBUG", "0") not in ("", "0"): sys.stderr.write(redacted(traceback.format_exc()))
             code, line = explain(error)
             click.echo(f"ftkit: {line}", err=True)
         sys.exit(code or DONE)
@@ -112,11 +117,12 @@ def _existing(path: Path) -> Path:
         else: return path
 
 # %% ../nbs/91_cli.ipynb #read-data
-def _read_data(path: str, held_out: int | float | None, seed: int, skip_bad: bool) -> tuple[list, list, str]:
+def _read_data(path: str, held_out: int | float | None, seed: int, skip_bad: bool, format: str | None = None, columns: tuple[str, ...] = (), split: str | None = None) -> tuple:
     "Records to train on, records held out, and the rejected lines as JSONL."
+    named = dict(pair.split("=", 1) for pair in columns)
     with tempfile.TemporaryDirectory() as temporary:
         rejected = Path(temporary) / "rejected.jsonl"
-        records = load_records(path, skip_bad=skip_bad, rejected=rejected if skip_bad else None)
+        records = load_data(path, format, named, split, skip_bad, rejected if skip_bad else None, quiet=True)
         bad = rejected.read_text(encoding="utf-8") if rejected.exists() else ""
     if held_out is None: held_out = 0.1 if len(records) >= 20 else 0
     return *train_test_split(records, held_out, seed), bad
@@ -188,11 +194,20 @@ _TRAINING_OPTIONS = [
     click.option("--tokens", type=click.IntRange(1), help="Start small: on drawn rows of so many tokens together."),
     click.option("--seed", type=click.IntRange(0, 2**32 - 1), default=42, show_default=True, help="Of the split, the adapter and the order."),
     click.option("--compile", is_flag=True, help="Compile the decoder layers; pays in long runs only."),
-    click.option("--set", "options", multiple=True, callback=_parse_pairs, metavar="NAME=VALUE", help="Any other option of trl.SFTConfig; may be repeated."),
+    click.option("--set", "options", multiple=True, callback=_parse_pairs, metavar="NAME=VALUE", help="Any other option of trl.SFTConfig, or on_out_of_memory=halve; may be repeated."),
 ]
 
 # %% ../nbs/91_cli.ipynb #run-options
+def _check_columns(context, parameter, pairs: tuple[str, ...]) -> tuple[str, ...]:
+    for pair in pairs:
+        if not all(pair.partition("=")): raise click.BadParameter(f"{pair!r} is not of the form old=new", context, parameter)
+    return pairs
+
+
 _RUN_OPTIONS = [
+    click.option("--format", help="Format of the records: messages, sharegpt, alpaca, prompt_completion or text.  [default: by their fields]"),
+    click.option("--column", "columns", multiple=True, callback=_check_columns, metavar="OLD=NEW", help="Name a column of DATA, such as question=prompt; may be repeated."),
+    click.option("--split", help="The set to take, where DATA has several."),
     click.option("--name", help="The run's folder under --root; a number is added if it is taken.  [default: the data file's name]"),
     click.option("--root", type=_FILE, default=Path("runs"), show_default=True, help="Where run folders are made."),
     click.option("--held-out", type=_CountOrShare(), help="Rows never trained on.  [default: 0.1, of 20 rows or more]"),
@@ -274,7 +289,7 @@ def _trainer_options(settings: dict, has_held_out: bool = True) -> dict:
 def _try_options(options: dict, has_held_out: bool):
     from trl import SFTConfig
     from ftkit import train
-    bad = [name for name in options if name in _OURS or name not in SFTConfig.__dataclass_fields__]
+    bad = [name for name in options if name in _OURS or name not in SFTConfig.__dataclass_fields__ and name not in ("on_out_of_memory", "dry_pass")]
     if bad: raise FtkitError(f"--set: {', '.join(bad)}: not an option of trl.SFTConfig" + (" that can be set here" if bad[0] in _OURS else ""))
     train._try_options(None, has_held_out, options)
 
@@ -390,7 +405,8 @@ def _check_adapter(context):
 def _train(context, data, **settings):
     """Fine-tune a model on DATA.
 
-    DATA is a JSONL or JSON file of Alpaca or chat records.
+    DATA is a file (JSONL, JSON, CSV, TSV, Parquet, Arrow), a folder of them, or a dataset
+    on the Hub, of Alpaca, ShareGPT, chat or prompt-and-completion records, or plain text.
 
     \b
     ftkit train tickets.jsonl --steps 60 --lr 1e-3
@@ -398,9 +414,9 @@ def _train(context, data, **settings):
     """
     _check_adapter(context)
     check_writable(settings["root"])
-    records, held_out, bad = _read_data(data, settings["held_out"], settings["seed"], settings["skip_bad"])
+    records, held_out, bad = _read_data(data, settings["held_out"], settings["seed"], settings["skip_bad"], *(settings[name] for name in ("format", "columns", "split")))
     if settings["held_out"] is None: settings["held_out"] = 0.1 if held_out else 0
-    settings.update(data=os.path.abspath(data), model=_model_place(settings["model"]), name=Path(data).stem if settings["name"] is None else settings["name"])
+    settings.update(data=os.path.abspath(data) if os.path.exists(data) else data, model=_model_place(settings["model"]), name=Path(data.removesuffix(".gz")).stem if settings["name"] is None else settings["name"])
     with _telling(bad): run = _new_run(records, held_out, settings)
     if bad:
         (run.folder / "rejected.jsonl").write_text(bad, encoding="utf-8")
@@ -476,7 +492,8 @@ def _code(state: str) -> int:
 @click.argument("folder", metavar="RUNFOLDER", type=_FILE)
 @click.option("--lr", type=_Number(0, 10, min_open=True, max_open=True), help="Peak learning rate from here on; wins over the saved schedule.")
 @click.option("--steps", type=click.IntRange(1), help="Optimizer steps of the whole run.")
-def _resume(folder, lr, steps):
+@click.option("--allow", multiple=True, metavar="NAME", help="Go on though this is not what it was: base, data, tokenizer, template, settings or versions; may be repeated.")
+def _resume(folder, lr, steps, allow):
     "Go on with a run from its newest sound checkpoint."
     end = _ending(read_journal(folder))
     if end and end["what"] == "finished" and steps in (None, end["step"]):
@@ -485,7 +502,7 @@ def _resume(folder, lr, steps):
     if not (folder / "config.yaml").exists(): raise FtkitError(f"{folder} is not the folder of a run: it has no config.yaml")
     from ftkit.train import Run
     options = {name: value for name, value in dict(learning_rate=lr, max_steps=steps).items() if value is not None}
-    return _fit(Run.open(folder, **options))
+    return _fit(Run.open(folder, allow=allow, **options))
 
 # %% ../nbs/91_cli.ipynb #export
 @main.command("export")
@@ -498,7 +515,7 @@ def _export(folder, form, numbers, held_out, out):
     "Write what was trained for use elsewhere, and verify that the tuning is in it.\n\nRUNFOLDER is that of a run, an adapter or a model."
     if not folder.is_dir(): raise FtkitError(f"there is no folder {folder}")
     if form == "adapter" and numbers: raise click.UsageError("--form adapter is written as it was trained: leave out --numbers")
-    records = load_records(held_out) if held_out else None
+    records = list(load_data(held_out, skip_bad=False, quiet=True)) if held_out else None
     out = out or folder / "-".join(["export", form, *([numbers] if numbers else [])])
     from ftkit.export import export
     click.echo(f"{export(folder, out, form, numbers, records)}\n\nwritten to {out}")
