@@ -109,7 +109,7 @@ def check_writable(
     except OSError as error:
         raise FtkitError(f"cannot write to the output folder {folder}: {error.strerror}; choose another one") from None
 
-
+# %% ../nbs/91_cli.ipynb #check-writable-existing
 def _existing(path: Path) -> Path:
     while True:
         try: os.lstat(path)
@@ -133,7 +133,7 @@ def _parse_value(text: object) -> object:
     try: return json.loads(text)
     except ValueError: return {"True": True, "False": False, "None": None}.get(text, text)
 
-
+# %% ../nbs/91_cli.ipynb #parse-value-parse-pairs
 def _parse_pairs(context, parameter, pairs: tuple[str, ...]) -> dict:
     "The values of `--set`, those of a YAML file below them."
     given = dict(context.meta.get("ftkit.set", {}))
@@ -203,7 +203,7 @@ def _check_columns(context, parameter, pairs: tuple[str, ...]) -> tuple[str, ...
         if not all(pair.partition("=")): raise click.BadParameter(f"{pair!r} is not of the form old=new", context, parameter)
     return pairs
 
-
+# %% ../nbs/91_cli.ipynb #run-options-run-options
 _RUN_OPTIONS = [
     click.option("--format", help="Format of the records: messages, sharegpt, alpaca, prompt_completion or text.  [default: by their fields]"),
     click.option("--column", "columns", multiple=True, callback=_check_columns, metavar="OLD=NEW", help="Name a column of DATA, such as question=prompt; may be repeated."),
@@ -262,7 +262,7 @@ def _as_typed(path, parameter: click.Parameter, value):
     if getattr(parameter, "multiple", False): return items
     return value if isinstance(value, bool) else ",".join(items)
 
-
+# %% ../nbs/91_cli.ipynb #as-typed-use-yaml
 def _use_yaml(context, parameter, path):
     if path is None: return
     values = read_options(path, context.command.params)
@@ -442,7 +442,7 @@ def _plain(settings: dict) -> dict:
     named = {name.replace("options", "set"): value for name, value in settings.items() if value is not False and value not in (None, (), {})}
     return {name: str(value) if isinstance(value, Path) else list(value) if isinstance(value, tuple) else value for name, value in named.items()}
 
-
+# %% ../nbs/91_cli.ipynb #train-on-new-run
 def _new_run(records, held_out, settings: dict):
     options = _trainer_options(settings, bool(held_out))
     from ftkit.train import Run, _check_name
@@ -464,7 +464,7 @@ def _command(model, options: dict, settings: dict) -> dict:
     alpha = adapter.lora_alpha if adapter else None
     return _plain({**settings, **named, "alpha": alpha, "dtype": str(model.config.dtype).removeprefix("torch."), "options": rest})
 
-
+# %% ../nbs/91_cli.ipynb #command-telling
 @contextlib.contextmanager
 def _telling(bad: str):
     "A refusal tells which lines were left out, since there is no folder to write them to."
@@ -582,7 +582,7 @@ def _unchecked(path: str) -> list:
     if not records: raise FtkitError(f"{name}: no record in it")
     return records
 
-
+# %% ../nbs/91_cli.ipynb #unchecked-tokenizer
 def _tokenizer(model: str):
     "The tokenizer of a model, whose weights are not loaded."
     from ftkit.models import _locate
@@ -608,7 +608,7 @@ def _checkout() -> Path | None:
     root = Path(__file__).resolve().parent.parent
     return root if (root / "settings.ini").exists() and (root / "nbs").is_dir() else None
 
-
+# %% ../nbs/91_cli.ipynb #lab-lab
 @main.command("lab", context_settings={"ignore_unknown_options": True})
 @click.argument("arguments", nargs=-1, type=click.UNPROCESSED)
 def _lab(arguments):
