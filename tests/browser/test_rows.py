@@ -104,9 +104,8 @@ def marked(notebook):
 def test_hostile_text_is_text(notebook):
     shows(notebook, [0, 1, 2, 3, 4], "the first page")
     part(notebook, "show", "select").select_option(label="record and tokens")
-    until(notebook, lambda: part(notebook, "row-0", "td").count() > 0, "the records")
     for place, text in enumerate(SHOWN[:5]):
-        assert part(notebook, f"row-{place}").inner_text().count(text) == 4, "in two fields, in question and answer"
+        until(notebook, lambda: part(notebook, f"row-{place}").inner_text().count(text) == 4, f"{text!r} in two fields, in question and answer")
     notebook.run(LOOK)
     batch = notebook.page.locator(".jp-OutputArea-output .ftk-batch").last
     batch.wait_for()
@@ -138,7 +137,7 @@ def test_filters_and_their_errors(notebook):
     part(notebook, "regex", "input").check()
     enter(notebook, "find", r"is 4[0-9] and|todo")
     shows(notebook, [40, 41, 42, 43, 44], "a pattern")
-    assert "13 of 500 rows" in part(notebook, "rows-head").inner_text()
+    until(notebook, lambda: "13 of 500 rows" in part(notebook, "rows-head").inner_text(), "how many")
     enter(notebook, "find", "[a")
     until(notebook, lambda: "missing ]" in part(notebook, "rows-notice").inner_text(), "what is wrong with the pattern")
     shows(notebook, [40, 41, 42, 43, 44], "nothing changes")
@@ -153,7 +152,8 @@ def test_filters_and_their_errors(notebook):
 def test_a_finding_leads_to_its_rows(notebook):
     part(notebook, "show-0").click()
     shows(notebook, [77, 200, 410], "the finding's rows")
-    assert "placeholder" in part(notebook, "row-title-0").inner_text() and "<b>TODO</b>" in part(notebook, "words-0").inner_text()
+    until(notebook, lambda: "placeholder" in part(notebook, "row-title-0").inner_text(), "whose finding it is")
+    assert "<b>TODO</b>" in part(notebook, "words-0").inner_text()
 
 
 def test_a_fix_is_made_in_a_copy_and_taken_back(notebook):
