@@ -12,7 +12,6 @@ import html
 import io
 import json
 import logging
-import os
 import random
 import re
 import time
@@ -128,9 +127,7 @@ class Tokens:
 def _flat(column: object) -> tuple[np.ndarray, np.ndarray]:
     "Values and lengths of a column of lists: Arrow's, or plain lists."
     if hasattr(column, "combine_chunks"): column = column.combine_chunks()
-    if hasattr(column, "flatten"):
-        import pyarrow.compute
-        return column.flatten().to_numpy(zero_copy_only=False), pyarrow.compute.list_value_length(column).to_numpy(zero_copy_only=False)
+    if hasattr(column, "flatten"): return column.flatten().to_numpy(zero_copy_only=False), column.value_lengths().to_numpy(zero_copy_only=False)
     return np.fromiter((token for row in column for token in row), dtype=np.int64), np.fromiter(map(len, column), dtype=np.int64, count=len(column))
 
 # %% ../nbs/00b0_doctor.ipynb #flat-tokens-of
@@ -344,7 +341,8 @@ def _turn_marks(tokenizer: object) -> tuple[str, str, str] | None:
     if not once or not twice or not asked or not all(f"ftk{i}" in twice for i in range(3)): return None
     ending = once.partition("ftk1")[2]
     between = twice.partition("ftk1")[2].partition("ftk2")[0]
-    closing = os.path.commonprefix([between, ending])  # some templates end the whole conversation with one token more
+    close = tokenizer.decode(end_of_turn_ids(tokenizer)[:1])
+    closing = ending[:ending.find(close) + len(close)]  # some templates end the whole conversation with one token more
     return between.removeprefix(closing), asked.partition("ftk0")[2], closing
 
 # %% ../nbs/00b0_doctor.ipynb #unwrap
@@ -359,7 +357,7 @@ def _unwrap(tokenizer: object) -> Callable[[str], str]:
         shapes += [rf"{opening}\n?(.*?)\s*{between}", rf"{opening}\n?(.*?)\s*{closing}", rf"(.*?)\s*{closing}"]
     shapes = [re.compile(rf"\s*{shape}\s*", re.DOTALL) for shape in shapes]
     def unwrapped(text):
-        inner = next((found[1] for shape in shapes if (found := shape.fullmatch(text))), text)
+        inner = next((found[1].strip(" ") for shape in shapes if (found := shape.fullmatch(text))), text)
         return text if re.search(_FOREIGN, inner) else inner
     return unwrapped
 
