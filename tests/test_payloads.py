@@ -11,11 +11,11 @@ from payloads import HTML, MATHTEXT, NAMES, PAYLOADS, TERMINAL, active, unprinta
 from ftkit.cli import explain, run_report
 from ftkit.curves import Curves, describe, draw, draw_png
 from ftkit.data import BatchRow, BatchView, FtkitError, load_records, printable
+from ftkit.doctor import diagnose
 from ftkit.export import Certificate, Upload, modelfile
 from ftkit.inference import Comparison, _turn_html, show
 from ftkit.live import RunView, actions_html, chat_html, head_html, lens_html, notes_html, notice_html, progress_html, samples_html, stale_html, status_html
 from ftkit.models import tiny_tokenizer
-from ftkit.preflight import _message
 from ftkit.replay import Comparison as Runs
 from ftkit.replay import timeline
 from ftkit.report import write_model_card
@@ -100,10 +100,15 @@ def test_progress_and_messages(text, tmp_path, caplog):
     page = bar._page(1, text)
     assert not active(page["text/html"]) and not unprintable(page["text/plain"])
     assert not unprintable(str(FtkitError(text))) and not unprintable(explain(FtkitError(text))[1]) and not unprintable(explain(RuntimeError(text))[1])
-    tokenizer = tiny_tokenizer()
-    assert not unprintable(_message("cut_answers", [0], [dict(input_ids=tokenizer(text)["input_ids"])], tokenizer))
     with caplog.at_level(logging.WARNING), pytest.raises(FtkitError) as error: load_records([{text: text}])
     assert not unprintable(str(error.value)) and not unprintable(caplog.text.rstrip("\n"))
+
+
+@each
+def test_the_doctors_report(text):
+    report = diagnose([dict(instruction=text, output=text)] * 2, tiny_tokenizer(), max_length=4)
+    assert report.findings and not any(unprintable(str(finding)) for finding in report.findings)
+    assert not any(map(unprintable, repr(report).split("\n"))) and not active(report._repr_html_(), ("svg",))
 
 
 MARKDOWN = MarkdownIt("commonmark", {"html": True}).enable("table")
