@@ -24,6 +24,17 @@ def _scan(data, seconds: float) -> Tokens:
         if time.monotonic() - start > seconds / 6: break
     return joined_tokens(parts)
 
+# %% ../nbs/00c4_preflight.ipynb #look
+def _first(tokens: Tokens, rows: int) -> Tokens:
+    "The first rows of these."
+    if rows >= len(tokens.lengths): return tokens
+    end = int(tokens.starts[rows])
+    return Tokens(tokens.ids[:end], tokens.trained[:end], tokens.starts[:rows + 1], tokens.cut[:rows])
+
+
+def _look(case: Case) -> list[Finding]:
+    return [replace(finding, remedy=check.remedy) for check in CHECKS.values() if check.preflight for finding in check.find(case)]
+
 # %% ../nbs/00c4_preflight.ipynb #preflight
 def preflight(
     data,  # encoded training rows, a `datasets.Dataset`
@@ -34,7 +45,10 @@ def preflight(
     "Look through the encoded rows for what ruins runs most often: the doctor's checks that are marked `preflight`."
     tokens = _scan(data, seconds)
     held = tokens_of(held_out.select(range(min(len(held_out), 5000)))) if held_out is not None else None
-    case, seen = Case(tokenizer, tokens, held_tokens=held), len(tokens.lengths)
+    begin = time.monotonic()
+    _look(Case(tokenizer, _first(tokens, 1000), held_tokens=held))
+    affordable = int(1000 * seconds / (time.monotonic() - begin + 1e-6))
+    case = Case(tokenizer, _first(tokens, max(1000, affordable)), held_tokens=held)
+    seen = len(case.tokens.lengths)
     part = "" if seen == len(data) else f" (of the first {seen:,} rows looked at)"
-    found = [replace(finding, message=finding.message + part, remedy=check.remedy) for check in CHECKS.values() if check.preflight for finding in check.find(case)]
-    return sorted(found, key=lambda finding: not finding.stops)
+    return sorted((replace(finding, message=finding.message + part) for finding in _look(case)), key=lambda finding: not finding.stops)
