@@ -238,9 +238,10 @@ def _trained_in(labels) -> tuple[np.ndarray, np.ndarray]:
 
 # %% ../nbs/00a3_plots.ipynb #counts
 def token_counts(
-    data: Iterable[dict],  # encoded rows: `encode_data`'s result, or a list of `encode`'s
+    data: Iterable[dict] | dict,  # encoded rows: `encode_data`'s result, or a list of `encode`'s; counts are returned as they are
 ) -> dict[str, np.ndarray]:  # for each row, in tokens: prompt, response (the trained ones), cut (cut off at the end)
     "How long the rows are; a row of the data had prompt + response + cut tokens before it was cut."
+    if isinstance(data, dict): return data
     if hasattr(data, "with_format"):
         names = [name for name in ("labels", "cut") if name in data.column_names]
         tables = list(data.select_columns(names).with_format("arrow").iter(4096))
@@ -311,7 +312,7 @@ def _length_words(series: dict[str, np.ndarray], limit: int | None) -> str:
 
 # %% ../nbs/00a3_plots.ipynb #plot-lengths
 def plot_lengths(
-    data: Iterable[dict],  # encoded rows; encoded without a limit they show what a limit would cut
+    data: Iterable[dict] | dict,  # what `token_counts` takes: encoded rows; encoded without a limit they show what a limit would cut
     limit: int | None = None,  # longest row in tokens that training will take
     width: int = 820,  # pixels
 ) -> Picture:  # shows itself in a notebook; `figure` is matplotlib's, `svg()` the drawing, `words` what it shows
@@ -337,7 +338,7 @@ def _share_words(shares: np.ndarray, empty: int, whole: int) -> str:
 
 # %% ../nbs/00a3_plots.ipynb #plot-mask-share
 def plot_mask_share(
-    data: Iterable[dict],  # encoded rows, as they will be trained
+    data: Iterable[dict] | dict,  # what `token_counts` takes: encoded rows, as they will be trained
     width: int = 820,  # pixels
 ) -> Picture:  # shows itself in a notebook; `figure` is matplotlib's, `svg()` the drawing, `words` what it shows
     "Histogram of the share of tokens that are trained, row by row."
