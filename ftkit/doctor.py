@@ -785,7 +785,7 @@ def _reasons(report: Report) -> dict[str, list[str]]:
 # %% ../nbs/00b0_doctor.ipynb #report-html
 _STYLE = """<style>
 .ftk-doctor{color:var(--jp-ui-font-color1,currentColor);font-family:var(--jp-ui-font-family,sans-serif);font-size:13px}
-.ftk-doctor table{border-collapse:collapse;width:100%}.ftk-doctor td,.ftk-doctor th{text-align:left;vertical-align:top;padding:4px 8px;border-bottom:1px solid rgba(128,128,128,.35);overflow-wrap:anywhere}
+.ftk-doctor table{border-collapse:collapse;width:100%;color:inherit}.ftk-doctor td,.ftk-doctor th{text-align:left;vertical-align:top;padding:4px 8px;border-bottom:1px solid rgba(128,128,128,.35);overflow-wrap:anywhere}
 .ftk-doctor td:nth-child(-n+3),.ftk-doctor th{white-space:nowrap}.ftk-doctor tr{background:transparent}.ftk-doctor svg{max-width:100%;height:auto}
 .ftk-doctor .ftk-stops{color:rgb(215,60,50);font-weight:600}.ftk-doctor .ftk-warns{color:rgb(190,115,0);font-weight:600}
 </style>"""
