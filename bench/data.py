@@ -195,8 +195,8 @@ def main():
     options = parser.parse_args()
     if options.contender: return print(json.dumps(contender(options.contender, Path(options.file), options.tokenizer)))
     if not options.tokenizer:
-        from ftkit.models import demo_model
-        options.tokenizer = str(demo_model())
+        from ftkit.models import prepare_demo_model
+        options.tokenizer = str(prepare_demo_model())
     print(f"{time.strftime('%Y-%m-%d')}, {os.cpu_count()} cores ({platform.machine()}), load before {os.getloadavg()[0]:.1f}, Python {platform.python_version()}, "
           + ", ".join(f"{name} {version(name)}" for name in ("transformers", "tokenizers", "trl", "datasets", "torch")))
     found = []
