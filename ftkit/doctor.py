@@ -9,6 +9,7 @@ __all__ = ['CHECKS', 'Finding', 'mask', 'Tokens', 'tokens_of', 'Case', 'Check', 
 # %% ../nbs/00b0_doctor.ipynb #exported-imports
 import copy
 import html
+import io
 import json
 import logging
 import random
@@ -25,7 +26,6 @@ import numpy as np
 
 from .core import require
 from .data import FtkitError, encode_data, end_of_turn_ids, printable, to_messages
-from .plots import Picture, plot_lengths, plot_mask_share
 
 # %% ../nbs/00b0_doctor.ipynb #finding
 @dataclass(frozen=True)
@@ -120,8 +120,9 @@ class Tokens:
         flags: np.ndarray,  # bool, one for each token
     ) -> np.ndarray:  # how many are true in each row
         "Count flags row by row."
-        sums = np.concatenate([[0], np.cumsum(flags)])
-        return sums[self.starts[1:]] - sums[self.starts[:-1]]
+        counts, filled = np.zeros(len(self.lengths), np.int64), self.lengths > 0
+        if filled.any(): counts[filled] = np.add.reduceat(flags, self.starts[:-1][filled], dtype=np.int64)
+        return counts
 
 # %% ../nbs/00b0_doctor.ipynb #flat
 def _flat(column: object) -> tuple[np.ndarray, np.ndarray]:
@@ -217,13 +218,13 @@ def _sound(case: Case) -> np.ndarray:
     return sound
 
 # %% ../nbs/00b0_doctor.ipynb #no-trained-tokens-no-trained-tokens
-@_check("mask", "rows that the loss does not see at all", "raise max_length or remove the row", reads="tokens", preflight=True, cost=10)
+@_check("mask", "rows that the loss does not see at all", "raise max_length or remove the row", reads="tokens", preflight=True, cost=0.4)
 def _no_trained_tokens(case):
     rows = np.flatnonzero((case.tokens.count(case.tokens.trained) == 0) & _sound(case))
     yield from _found(case, "no_trained_tokens", rows, "has no token to train: the length limit leaves nothing of its answer, or the answer is empty", "stops", fix="remove")
 
 # %% ../nbs/00b0_doctor.ipynb #end-of-turn
-@_check("template", "answers whose end-of-turn token is not trained, so that the model would not learn to stop", "check the chat template and the mask", reads="tokens", preflight=True, cost=7.7)
+@_check("template", "answers whose end-of-turn token is not trained, so that the model would not learn to stop", "check the chat template and the mask", reads="tokens", preflight=True, cost=1.2)
 def _end_of_turn_not_trained(case):
     tokens, sound = case.tokens, _sound(case)
     some = (tokens.count(tokens.trained) > 0) & sound
@@ -255,7 +256,7 @@ def _keys(tokens: Tokens) -> list[bytes]:
 
 # %% ../nbs/00b0_doctor.ipynb #held-out-held-out-in-training
 @_check("content", "held-out rows that are in the training data too, so that the held-out figures say nothing", "remove them from the training data, or split again after removing duplicates",
-        reads="tokens", preflight=True, cost=3.6, safe=True)
+        reads="tokens", preflight=True, cost=1.8, safe=True)
 def _held_out_in_training(case):
     if case.held_tokens is None: return
     held = set(_keys(case.held_tokens)) - {b""}
@@ -274,7 +275,7 @@ def _pad_masked_as_end(case):
     yield from _found(case, "pad_masked_as_end", rows, f"masks the {case.tokenizer.pad_token!r} behind its answer, which is the pad token and the end of the turn", "stops" if len(rows) > len(tokens.lengths) / 2 else "warns")
 
 # %% ../nbs/00b0_doctor.ipynb #trained-share
-@_check("mask", "the share of tokens that are trained, and rows where it is below 1%", "shorten the prompts of these rows, or leave them out", reads="tokens", cost=1.1)
+@_check("mask", "the share of tokens that are trained, and rows where it is below 1%", "shorten the prompts of these rows, or leave them out", reads="tokens", cost=0.7)
 def _trained_share(case):
     counts, lengths = case.tokens.count(case.tokens.trained), case.tokens.lengths
     rows = np.flatnonzero((counts > 0) & (counts < 0.01 * lengths))
@@ -285,7 +286,7 @@ def _trained_share(case):
 _PERCENTILES = (5, 50, 95, 99, 100)
 
 # %% ../nbs/00b0_doctor.ipynb #lengths-lengths
-@_check("length", "percentiles of the rows, their prompts and their responses in tokens", "", reads="tokens", cost=1.0)
+@_check("length", "percentiles of the rows, their prompts and their responses in tokens", "", reads="tokens", cost=2.0)
 def _lengths(case):
     responses = case.tokens.count(case.tokens.trained)
     parts = {"rows": case.tokens.lengths + case.tokens.cut, "prompts": case.tokens.lengths - responses, "responses": responses}
@@ -362,7 +363,7 @@ def _unwrap(tokenizer: object) -> Callable[[str], str]:
     return unwrapped
 
 # %% ../nbs/00b0_doctor.ipynb #template-twice
-@_check("template", "texts that are wrapped in a chat template already, this one or another model's", "give the plain texts; fix unwraps those that are exactly one turn", cost=0.9, safe=True)
+@_check("template", "texts that are wrapped in a chat template already, this one or another model's", "give the plain texts; fix unwraps those that are exactly one turn", cost=1.6, safe=True)
 def _template_applied_twice(case):
     marks = _turn_marks(case.tokenizer)
     own = [re.escape(mark.strip()) for mark in (marks or ())[:2] if len(mark.strip()) > 3]
@@ -380,7 +381,7 @@ def _special(tokenizer: object) -> list[str]:
     return sorted((mark for mark in {*added, *tokenizer.all_special_tokens} if mark.strip()), key=len, reverse=True)
 
 # %% ../nbs/00b0_doctor.ipynb #special-tokens-special-tokens-in-text
-@_check("template", "special tokens that stand in a text as if somebody had typed them", "take them out of the text", cost=0.2)
+@_check("template", "special tokens that stand in a text as if somebody had typed them", "take them out of the text", cost=0.3)
 def _special_tokens_in_text(case):
     marks = _special(case.tokenizer)
     if not marks: return
@@ -415,7 +416,7 @@ def _system_role_dropped(case):
     yield from _found(case, "system_role_dropped", rows, "has a system message, which the chat template " + ("leaves out" if text else "refuses"), "stops")
 
 # %% ../nbs/00b0_doctor.ipynb #thinking
-@_check("template", "thinking in earlier answers, which the template strips: training would not see what the data holds", "train each answer as a record of its own: one_answer_per_record", cost=0.4)
+@_check("template", "thinking in earlier answers, which the template strips: training would not see what the data holds", "train each answer as a record of its own: one_answer_per_record", cost=0.5)
 def _thinking_stripped(case):
     thinks = lambda message: message.get("role") == "assistant" and ("<think>" in _content(message) or bool(message.get("reasoning_content")))
     rows = [row for row, messages in enumerate(case.messages) if any(map(thinks, messages[:-1]))]
@@ -425,7 +426,7 @@ def _thinking_stripped(case):
     yield from _found(case, "thinking_stripped", rows, "has thinking in an earlier answer, which the chat template strips from the history")
 
 # %% ../nbs/00b0_doctor.ipynb #exact-duplicates
-@_check("content", "rows that stand there more than once, word for word", "keep the first of each", cost=2.6, safe=True)
+@_check("content", "rows that stand there more than once, word for word", "keep the first of each", cost=0.6, safe=True)
 def _exact_duplicates(case):
     seen, rows = set(), []
     for row, (prompt, answer) in enumerate(zip(case.prompts, case.answers)):
@@ -477,7 +478,7 @@ def _pairs(signatures: list, others: list) -> Iterator[tuple[int, int]]:
         if same: yield row, min(same)
 
 # %% ../nbs/00b0_doctor.ipynb #near-duplicates-near-duplicates
-@_check("content", "rows that are nearly the same as an earlier one", "look at them; fix removes the later ones if asked to by name", cost=120, extra="datasketch")
+@_check("content", "rows that are nearly the same as an earlier one", "look at them; fix removes the later ones if asked to by name", cost=110, extra="datasketch")
 def _near_duplicates(case):
     exact, texts = {row for finding in _exact_duplicates(case) for row in finding.rows}, case.texts
     texts = ["" if row in exact else text for row, text in enumerate(texts)]
@@ -487,7 +488,7 @@ def _near_duplicates(case):
     yield from _found(case, "near_duplicates", pairs, f"is nearly the same as row {first[1]}", fix="remove")
 
 # %% ../nbs/00b0_doctor.ipynb #near-leak
-@_check("content", "prompts that are nearly those of held-out rows", "look at them; fix removes them from the training data if asked to by name", cost=57, extra="datasketch")
+@_check("content", "prompts that are nearly those of held-out rows", "look at them; fix removes them from the training data if asked to by name", cost=60, extra="datasketch")
 def _held_out_nearly_in_training(case):
     if case.held_records is None: return
     exact = {row for finding in _held_out_in_training(case) for row in finding.rows} if case.tokens else set()
@@ -501,13 +502,13 @@ def _held_out_nearly_in_training(case):
 _PLACEHOLDER = re.compile(r"\W*(?:todo|tbd|fixme|xxx+|lorem ipsum.*|insert (?:answer|text|response) here|(?:your )?(?:answer|response|output|text)(?: goes)? here|noinput|no ?output|nan|null|undefined)?\W*", re.IGNORECASE | re.DOTALL)
 
 # %% ../nbs/00b0_doctor.ipynb #empty-answers-empty-answers
-@_check("content", "answers without any text", "remove the rows", cost=5.3, safe=True)
+@_check("content", "answers without any text", "remove the rows", cost=0.3, safe=True)
 def _empty_answers(case):
     rows = [row for row, messages in enumerate(case.messages) if messages and not (case.answers[row] or "").strip() and not messages[-1].get("tool_calls")]
     yield from _found(case, "empty_answers", rows, "has no answer", "stops", fix="remove")
 
 # %% ../nbs/00b0_doctor.ipynb #empty-answers-placeholder-answers
-@_check("content", "answers that only hold the place of one: TODO, N/A, dots", "remove the rows, or write the answers", cost=0.6)
+@_check("content", "answers that only hold the place of one: TODO, N/A, dots", "remove the rows, or write the answers", cost=1.2)
 def _placeholder_answers(case):
     rows = [row for row, answer in enumerate(case.answers) if answer and answer.strip() and len(answer) < 200 and _is_placeholder(answer)]
     yield from _found(case, "placeholder_answers", rows, "has a placeholder for an answer", fix="remove", text=lambda row: case.answers[row])
@@ -521,14 +522,14 @@ _REFUSAL = re.compile(r"\s*(?:I['’]m sorry,? but|I apologi[sz]e,? but|Sorry,? 
                       r"As an? (?:AI|artificial intelligence|(?:large )?language model))|.{0,200}\bas an? (?:AI|large) language model\b", re.IGNORECASE)
 
 # %% ../nbs/00b0_doctor.ipynb #refusals-refusals
-@_check("content", "answers that refuse, or speak as another model", "remove those that are not wanted: a few hundred teach refusing", cost=3.3)
+@_check("content", "answers that refuse, or speak as another model", "remove those that are not wanted: a few hundred teach refusing", cost=2.6)
 def _refusals(case):
     rows = [row for row, answer in enumerate(case.answers) if answer and _REFUSAL.match(answer)]
     share = len(rows) / max(1, len(case.answers))
     yield from _found(case, "refusals", rows, f"refuses, or speaks as another model ({share:.1%} of the answers do)", "warns" if share > 0.01 else "note", fix="remove", text=lambda row: case.answers[row])
 
 # %% ../nbs/00b0_doctor.ipynb #boilerplate
-@_check("content", "answers that begin with the same six words", "vary or cut the opening, if it is not wanted: it is learned first", cost=4.6)
+@_check("content", "answers that begin with the same six words", "vary or cut the opening, if it is not wanted: it is learned first", cost=4.8)
 def _boilerplate(case):
     openings = {}
     for row, answer in enumerate(case.answers):
@@ -545,7 +546,7 @@ def _is_closed(answers: list[str]) -> bool:
     return len(answers) >= 20 and len(counts) <= max(2, min(50, len(answers) / 10)) and max(map(len, counts)) <= 60
 
 # %% ../nbs/00b0_doctor.ipynb #repeated-repeated-answers
-@_check("content", "long answers, labels apart, that are given word for word to several prompts", "write answers to what is asked, or remove the rows", cost=2.0)
+@_check("content", "long answers, labels apart, that are given word for word to several prompts", "write answers to what is asked, or remove the rows", cost=3.9)
 def _repeated_answers(case):
     given = [(row, answer.strip()) for row, answer in enumerate(case.answers) if answer]
     if _fields(case.answers): return  # labels are repeated by nature
@@ -596,7 +597,7 @@ def _around(text: str, pattern: re.Pattern) -> str:
 _DAMAGED = re.compile(r"[ÃÂâÅÄÐÑðïãÎÏØÙ\x80-\x9f]")
 
 # %% ../nbs/00b0_doctor.ipynb #mojibake-mojibake
-@_check("content", "text decoded with the wrong code page (cafÃ©), or with characters lost", "fix repairs what can be repaired; what is lost (�) is to be taken from the source", cost=2.0, safe=True, extra="ftfy")
+@_check("content", "text decoded with the wrong code page (cafÃ©), or with characters lost", "fix repairs what can be repaired; what is lost (�) is to be taken from the source", cost=2.4, safe=True, extra="ftfy")
 def _mojibake(case):
     edit = require("ftfy", "doctor").fix_encoding
     yield from _edited(case, "mojibake", _DAMAGED, "was decoded with the wrong code page", edit)
@@ -607,25 +608,25 @@ def _mojibake(case):
 _CONTROL = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]|[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x84\x86-\x9f\ufeff\ufff9-\ufffb]")
 
 # %% ../nbs/00b0_doctor.ipynb #control-control-characters
-@_check("content", "control characters and terminal colours", "fix removes them", cost=2.4, safe=True)
+@_check("content", "control characters and terminal colours", "fix removes them", cost=3.0, safe=True)
 def _control_characters(case):
     yield from _edited(case, "control_characters", _CONTROL, "holds control characters", lambda text: _CONTROL.sub("", text))
 
 # %% ../nbs/00b0_doctor.ipynb #private-checks
-@_check("content", "keys, tokens and passwords", "revoke them, then fix(..., checks=['secrets'])", cost=8.3)
+@_check("content", "keys, tokens and passwords", "revoke them, then fix(..., checks=['secrets'])", cost=8.0)
 def _secrets(case):
     rows = [row for row, text in enumerate(case.texts) if _mask_secrets(text) != text]
     shown = lambda row: _around(_mask_secrets(case.texts[row]), re.compile(r"\[(?:" + "|".join(_SECRETS) + r")\]"))
     yield from _found(case, "secrets", rows, "holds what looks like a secret", fix="edit", edit=_mask_secrets, text=shown)
 
 # %% ../nbs/00b0_doctor.ipynb #private-checks-email-addresses
-@_check("content", "e-mail addresses", "fix(..., checks=['email_addresses']) replaces them", cost=0.1)
+@_check("content", "e-mail addresses", "fix(..., checks=['email_addresses']) replaces them", cost=5.9)
 def _email_addresses(case):
     rows = [row for row, text in enumerate(case.texts) if "@" in text and _EMAIL.search(text)]
     yield from _found(case, "email_addresses", rows, "holds an e-mail address", fix="edit", edit=lambda text: _EMAIL.sub("[e-mail]", text), text=lambda row: _private(case.texts[row], _EMAIL))
 
 # %% ../nbs/00b0_doctor.ipynb #private-checks-phone-numbers
-@_check("content", "phone numbers", "fix(..., checks=['phone_numbers']) replaces them", cost=5.3)
+@_check("content", "phone numbers", "fix(..., checks=['phone_numbers']) replaces them", cost=5.8)
 def _phone_numbers(case):
     rows = [row for row, text in enumerate(case.texts) if _PHONE.search(text)]
     yield from _found(case, "phone_numbers", rows, "holds a phone number", fix="edit", edit=lambda text: _PHONE.sub("[phone]", text), text=lambda row: _private(case.texts[row], _PHONE))
@@ -646,7 +647,7 @@ def _language(text: str) -> str | None:
     return require("py3langid", "doctor").classify(text[:600])[0]
 
 # %% ../nbs/00b0_doctor.ipynb #languages-languages
-@_check("content", "rows in a rare language, and answers in another language than their question", "remove them, or collect more of that language", cost=24, extra="py3langid")
+@_check("content", "rows in a rare language, and answers in another language than their question", "remove them, or collect more of that language", cost=15, extra="py3langid")
 def _languages(case):
     sample = sorted(random.Random(0).sample(range(len(case.messages)), min(_SAMPLE, len(case.messages))))
     spoken = {row: (_language(_question(case.messages[row])), _language(case.answers[row] or "")) for row in sample}
@@ -669,7 +670,7 @@ def _script(letter: str) -> str: return unicodedata.name(letter, "UNKNOWN").spli
 _TWO_SCRIPTS = re.compile(r"(?:[A-Za-z]+[Ͱ-ԯ]|[Ͱ-ԯ]+[A-Za-z])[A-Za-zͰ-ԯ]*")
 
 # %% ../nbs/00b0_doctor.ipynb #scripts-mixed-scripts
-@_check("content", "words with letters of two scripts, which look alike", "write the word in one script", cost=0.2)
+@_check("content", "words with letters of two scripts, which look alike", "write the word in one script", cost=0.3)
 def _mixed_scripts(case):
     wrong = lambda text: any({"LATIN", "CYRILLIC"} <= (kinds := {_script(c) for c in word}) or {"LATIN", "GREEK"} <= kinds and len(word) > 4 for word in _TWO_SCRIPTS.findall(text))
     rows = [row for row, text in enumerate(case.texts) if not text.isascii() and wrong(text)]
@@ -744,7 +745,6 @@ class Report:
     seconds: dict[str, float]  # how long each check took; "encoding" is the way from records to tokens
     size: int  # rows examined
     tokens: Tokens = field(repr=False)  # the rows as tokens
-    limit: int | None = None  # longest row in tokens
 
     def rows(
         self,
@@ -759,9 +759,9 @@ class Report:
 
     def __repr__(self) -> str: return _report_text(self)
     def _repr_html_(self) -> str: return _report_html(self)
-    def pictures(self) -> list[Picture]:
-        "Lengths and trained shares of the rows."
-        return _pictures(self)
+    def plot(self):
+        "Lengths and trained shares of the rows, a matplotlib figure."
+        return _plot(self.tokens)
 
 # %% ../nbs/00b0_doctor.ipynb #report-text
 def _summary(report: Report) -> str:
@@ -785,7 +785,7 @@ def _reasons(report: Report) -> dict[str, list[str]]:
 # %% ../nbs/00b0_doctor.ipynb #report-html
 _STYLE = """<style>
 .ftk-doctor{color:var(--jp-ui-font-color1,currentColor);font-family:var(--jp-ui-font-family,sans-serif);font-size:13px}
-.ftk-doctor table{border-collapse:collapse;width:100%;color:inherit}.ftk-doctor td,.ftk-doctor th{text-align:left;vertical-align:top;padding:4px 8px;border-bottom:1px solid rgba(128,128,128,.35);overflow-wrap:anywhere}
+.ftk-doctor table{border-collapse:collapse;width:100%}.ftk-doctor td,.ftk-doctor th{text-align:left;vertical-align:top;padding:4px 8px;border-bottom:1px solid rgba(128,128,128,.35);overflow-wrap:anywhere}
 .ftk-doctor td:nth-child(-n+3),.ftk-doctor th{white-space:nowrap}.ftk-doctor tr{background:transparent}.ftk-doctor svg{max-width:100%;height:auto}
 .ftk-doctor .ftk-stops{color:rgb(215,60,50);font-weight:600}.ftk-doctor .ftk-warns{color:rgb(190,115,0);font-weight:600}
 </style>"""
@@ -795,15 +795,37 @@ def _report_html(report: Report) -> str:
     rows = [f'<tr><td class="ftk-{f.severity}">{f.severity}</td><td>{html.escape(f.check)}</td><td>{len(f.rows) or ""}</td><td>{html.escape(f.message)}</td><td>{html.escape(f.remedy)}</td></tr>' for f in report.findings]
     rows += [f"<tr><td>not run</td><td></td><td>{len(names)}</td><td>{html.escape(', '.join(names))}: {html.escape(reason)}</td><td></td></tr>" for reason, names in _reasons(report).items()]
     head = "".join(f"<th>{name}</th>" for name in ("", "check", "rows", "what was found", "remedy"))
-    return f'<div class="ftk-doctor" role="group" aria-label="Findings in the data">{_STYLE}<p>{_summary(report)}</p><table><thead><tr>{head}</tr></thead><tbody>{"".join(rows)}</tbody></table>{"".join(picture.svg() for picture in _pictures(report))}</div>'
+    return f'<div class="ftk-doctor" role="group" aria-label="Findings in the data">{_STYLE}<p>{_summary(report)}</p><table><thead><tr>{head}</tr></thead><tbody>{"".join(rows)}</tbody></table>{_picture(report)}</div>'
 
 # %% ../nbs/00b0_doctor.ipynb #plot
-def _pictures(report: Report) -> list[Picture]:
-    "The lengths of the rows, and the share of each that is trained; none without rows."
-    if not report.size: return []
-    tokens, responses = report.tokens, report.tokens.count(report.tokens.trained)
-    counts = dict(prompt=tokens.lengths - responses, response=responses, cut=tokens.cut)
-    return [plot_lengths(counts, report.limit), plot_mask_share(counts)]
+def _plot(tokens: Tokens):
+    from matplotlib.figure import Figure
+    responses, rows = tokens.count(tokens.trained), tokens.lengths + tokens.cut
+    figure = Figure(figsize=(9, 2.8), layout="constrained")
+    lengths_axes, share_axes = figure.subplots(1, 2)
+    edges = np.linspace(0, max(1, int(rows.max(initial=0))), 41)
+    for values, name, colour in ((tokens.lengths - responses, "prompt", "#7f9fbf"), (responses, "response", "#2ea043")):
+        lengths_axes.hist(values, bins=edges, alpha=0.65, label=name, color=colour)
+    for percent in (50, 95) if len(rows) else ():
+        value = np.percentile(rows, percent)
+        lengths_axes.axvline(value, color="#888888", linestyle=":", label=f"{percent}% of rows: {value:,.0f}")
+    lengths_axes.set(xlabel="tokens", ylabel="rows")
+    lengths_axes.legend(frameon=False, fontsize=8)
+    share_axes.hist(responses / np.maximum(1, tokens.lengths), bins=np.linspace(0, 1, 41), color="#2ea043")
+    share_axes.set(xlabel="share of the row that is trained", ylabel="rows", xlim=(0, 1))
+    return figure
+
+# %% ../nbs/00b0_doctor.ipynb #picture
+def _picture(report: Report) -> str:
+    "The figure as SVG in the page's own text colour; empty without rows."
+    if not report.size: return ""
+    import matplotlib
+    with matplotlib.rc_context({"text.color": "#123456", "axes.labelcolor": "#123456", "axes.edgecolor": "#123456", "xtick.color": "#123456", "ytick.color": "#123456", "svg.fonttype": "none", "svg.hashsalt": "ftkit"}):
+        file = io.StringIO()
+        report.plot().savefig(file, format="svg", transparent=True, metadata={"Date": None})
+    drawn = file.getvalue()
+    drawn = drawn[drawn.index("<svg"):].replace("#123456", "currentColor")
+    return drawn.replace("<svg", '<svg role="img" aria-label="Histograms of the lengths of prompts and responses, and of the share of each row that is trained"', 1)
 
 # %% ../nbs/00b0_doctor.ipynb #run-check
 def _obstacle(check: Check, case: Case) -> str | None:
@@ -833,7 +855,7 @@ def diagnose(
     if unknown: raise FtkitError(f"without={unknown[0]!r} is no check; there are {', '.join(CHECKS)}")
     start = time.monotonic()
     case = _case(data, tokenizer, held_out, max_length, batch_size, start + seconds)
-    report = Report([], {}, {"encoding": time.monotonic() - start}, len(case.tokens.lengths), case.tokens, max_length)
+    report = Report([], {}, {"encoding": time.monotonic() - start}, len(case.tokens.lengths), case.tokens)
     for check in sorted(CHECKS.values(), key=lambda check: check.cost):
         if check.name in without: report.not_run[check.name] = "turned off"
         else: _add(report, check, case)

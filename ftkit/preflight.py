@@ -21,7 +21,7 @@ def _scan(data, seconds: float) -> Tokens:
     columns = [name for name in ("input_ids", "labels", "cut") if name in data.column_names]
     for part in data.select_columns(columns).with_format("arrow").iter(256):
         parts.append(tokens_of(part))
-        if time.monotonic() - start > seconds / 6: break
+        if time.monotonic() - start > seconds / 20: break
     return joined_tokens(parts)
 
 # %% ../nbs/00c4_preflight.ipynb #look
@@ -47,7 +47,7 @@ def preflight(
     held = tokens_of(held_out.select(range(min(len(held_out), 5000)))) if held_out is not None else None
     begin = time.monotonic()
     _look(Case(tokenizer, _first(tokens, 1000), held_tokens=held))
-    affordable = int(1000 * seconds / (time.monotonic() - begin + 1e-6))
+    affordable = int(1000 * (seconds / 8) / (time.monotonic() - begin + 1e-6))  # an eighth: many rows take several times as long each
     case = Case(tokenizer, _first(tokens, max(1000, affordable)), held_tokens=held)
     seen = len(case.tokens.lengths)
     part = "" if seen == len(data) else f" (of the first {seen:,} rows looked at)"
