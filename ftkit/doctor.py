@@ -9,7 +9,6 @@ __all__ = ['CHECKS', 'Finding', 'mask', 'Tokens', 'tokens_of', 'Case', 'Check', 
 # %% ../nbs/00b0_doctor.ipynb #exported-imports
 import copy
 import html
-import io
 import json
 import logging
 import random
@@ -26,6 +25,7 @@ import numpy as np
 
 from .core import require
 from .data import FtkitError, encode_data, end_of_turn_ids, printable, to_messages
+from .plots import Picture, plot_lengths, plot_mask_share
 
 # %% ../nbs/00b0_doctor.ipynb #finding
 @dataclass(frozen=True)
@@ -745,6 +745,7 @@ class Report:
     seconds: dict[str, float]  # how long each check took; "encoding" is the way from records to tokens
     size: int  # rows examined
     tokens: Tokens = field(repr=False)  # the rows as tokens
+    limit: int | None = None  # longest row in tokens
 
     def rows(
         self,
@@ -759,9 +760,9 @@ class Report:
 
     def __repr__(self) -> str: return _report_text(self)
     def _repr_html_(self) -> str: return _report_html(self)
-    def plot(self):
-        "Lengths and trained shares of the rows, a matplotlib figure."
-        return _plot(self.tokens)
+    def pictures(self) -> list[Picture]:
+        "Lengths and trained shares of the rows."
+        return _pictures(self)
 
 # %% ../nbs/00b0_doctor.ipynb #report-text
 def _summary(report: Report) -> str:
@@ -785,7 +786,7 @@ def _reasons(report: Report) -> dict[str, list[str]]:
 # %% ../nbs/00b0_doctor.ipynb #report-html
 _STYLE = """<style>
 .ftk-doctor{color:var(--jp-ui-font-color1,currentColor);font-family:var(--jp-ui-font-family,sans-serif);font-size:13px}
-.ftk-doctor table{border-collapse:collapse;width:100%}.ftk-doctor td,.ftk-doctor th{text-align:left;vertical-align:top;padding:4px 8px;border-bottom:1px solid rgba(128,128,128,.35);overflow-wrap:anywhere}
+.ftk-doctor table{border-collapse:collapse;width:100%;color:inherit}.ftk-doctor td,.ftk-doctor th{text-align:left;vertical-align:top;padding:4px 8px;border-bottom:1px solid rgba(128,128,128,.35);overflow-wrap:anywhere}
 .ftk-doctor td:nth-child(-n+3),.ftk-doctor th{white-space:nowrap}.ftk-doctor tr{background:transparent}.ftk-doctor svg{max-width:100%;height:auto}
 .ftk-doctor .ftk-stops{color:rgb(215,60,50);font-weight:600}.ftk-doctor .ftk-warns{color:rgb(190,115,0);font-weight:600}
 </style>"""
@@ -795,37 +796,15 @@ def _report_html(report: Report) -> str:
     rows = [f'<tr><td class="ftk-{f.severity}">{f.severity}</td><td>{html.escape(f.check)}</td><td>{len(f.rows) or ""}</td><td>{html.escape(f.message)}</td><td>{html.escape(f.remedy)}</td></tr>' for f in report.findings]
     rows += [f"<tr><td>not run</td><td></td><td>{len(names)}</td><td>{html.escape(', '.join(names))}: {html.escape(reason)}</td><td></td></tr>" for reason, names in _reasons(report).items()]
     head = "".join(f"<th>{name}</th>" for name in ("", "check", "rows", "what was found", "remedy"))
-    return f'<div class="ftk-doctor" role="group" aria-label="Findings in the data">{_STYLE}<p>{_summary(report)}</p><table><thead><tr>{head}</tr></thead><tbody>{"".join(rows)}</tbody></table>{_picture(report)}</div>'
+    return f'<div class="ftk-doctor" role="group" aria-label="Findings in the data">{_STYLE}<p>{_summary(report)}</p><table><thead><tr>{head}</tr></thead><tbody>{"".join(rows)}</tbody></table>{"".join(picture.svg() for picture in _pictures(report))}</div>'
 
 # %% ../nbs/00b0_doctor.ipynb #plot
-def _plot(tokens: Tokens):
-    from matplotlib.figure import Figure
-    responses, rows = tokens.count(tokens.trained), tokens.lengths + tokens.cut
-    figure = Figure(figsize=(9, 2.8), layout="constrained")
-    lengths_axes, share_axes = figure.subplots(1, 2)
-    edges = np.linspace(0, max(1, int(rows.max(initial=0))), 41)
-    for values, name, colour in ((tokens.lengths - responses, "prompt", "#7f9fbf"), (responses, "response", "#2ea043")):
-        lengths_axes.hist(values, bins=edges, alpha=0.65, label=name, color=colour)
-    for percent in (50, 95) if len(rows) else ():
-        value = np.percentile(rows, percent)
-        lengths_axes.axvline(value, color="#888888", linestyle=":", label=f"{percent}% of rows: {value:,.0f}")
-    lengths_axes.set(xlabel="tokens", ylabel="rows")
-    lengths_axes.legend(frameon=False, fontsize=8)
-    share_axes.hist(responses / np.maximum(1, tokens.lengths), bins=np.linspace(0, 1, 41), color="#2ea043")
-    share_axes.set(xlabel="share of the row that is trained", ylabel="rows", xlim=(0, 1))
-    return figure
-
-# %% ../nbs/00b0_doctor.ipynb #picture
-def _picture(report: Report) -> str:
-    "The figure as SVG in the page's own text colour; empty without rows."
-    if not report.size: return ""
-    import matplotlib
-    with matplotlib.rc_context({"text.color": "#123456", "axes.labelcolor": "#123456", "axes.edgecolor": "#123456", "xtick.color": "#123456", "ytick.color": "#123456", "svg.fonttype": "none", "svg.hashsalt": "ftkit"}):
-        file = io.StringIO()
-        report.plot().savefig(file, format="svg", transparent=True, metadata={"Date": None})
-    drawn = file.getvalue()
-    drawn = drawn[drawn.index("<svg"):].replace("#123456", "currentColor")
-    return drawn.replace("<svg", '<svg role="img" aria-label="Histograms of the lengths of prompts and responses, and of the share of each row that is trained"', 1)
+def _pictures(report: Report) -> list[Picture]:
+    "The lengths of the rows, and the share of each that is trained; none without rows."
+    if not report.size: return []
+    tokens, responses = report.tokens, report.tokens.count(report.tokens.trained)
+    counts = dict(prompt=tokens.lengths - responses, response=responses, cut=tokens.cut)
+    return [plot_lengths(counts, report.limit), plot_mask_share(counts)]
 
 # %% ../nbs/00b0_doctor.ipynb #run-check
 def _obstacle(check: Check, case: Case) -> str | None:
@@ -855,7 +834,7 @@ def diagnose(
     if unknown: raise FtkitError(f"without={unknown[0]!r} is no check; there are {', '.join(CHECKS)}")
     start = time.monotonic()
     case = _case(data, tokenizer, held_out, max_length, batch_size, start + seconds)
-    report = Report([], {}, {"encoding": time.monotonic() - start}, len(case.tokens.lengths), case.tokens)
+    report = Report([], {}, {"encoding": time.monotonic() - start}, len(case.tokens.lengths), case.tokens, max_length)
     for check in sorted(CHECKS.values(), key=lambda check: check.cost):
         if check.name in without: report.not_run[check.name] = "turned off"
         else: _add(report, check, case)
