@@ -204,10 +204,13 @@ def _check_columns(context, parameter, pairs: tuple[str, ...]) -> tuple[str, ...
     return pairs
 
 # %% ../nbs/91_cli.ipynb #run-options-run-options
-_RUN_OPTIONS = [
+_SOURCE_OPTIONS = [
     click.option("--format", help="Format of the records: messages, sharegpt, alpaca, prompt_completion or text.  [default: by their fields]"),
     click.option("--column", "columns", multiple=True, callback=_check_columns, metavar="OLD=NEW", help="Name a column of DATA, such as question=prompt; may be repeated."),
     click.option("--split", help="The set to take, where DATA has several."),
+]
+
+_RUN_OPTIONS = _SOURCE_OPTIONS + [
     click.option("--name", help="The run's folder under --root; a number is added if it is taken.  [default: the data file's name]"),
     click.option("--root", type=_FILE, default=Path("runs"), show_default=True, help="Where run folders are made."),
     click.option("--held-out", type=_CountOrShare(), help="Rows never trained on.  [default: 0.1, of 20 rows or more]"),
@@ -552,14 +555,16 @@ def _silence(folder: Path, waited: float) -> str:
 @click.argument("data", metavar="DATA")
 @click.option("--model", default="smollm2-135m", show_default=True, help="Whose tokenizer and chat template count: a hub name or a folder.")
 @click.option("--held-out", type=_FILE, help="Records that must not be in DATA.")
+@_with(_SOURCE_OPTIONS)
 @click.option("--max-length", type=click.IntRange(1), default=1024, show_default=True, help="Tokens of a row.")
 @click.option("--without", multiple=True, metavar="CHECK", help="Leave this check out; may be repeated.")
 @click.option("--fix", "out", type=_FILE, help="Write the data with the safe fixes to this JSONL file, and list the changes.")
-def _diagnose(data, model, held_out, max_length, without, out):
+def _diagnose(data, model, held_out, max_length, without, out, **source):
     "Look for what is wrong with DATA, before anything is trained on it.\n\nExit code 1 if a finding would make training worthless."
     from ftkit.core import write_atomic
     from ftkit.doctor import diagnose, fix
-    records, held = _unchecked(data), load_records(held_out) if held_out else None
+    if out and out.exists() and out.resolve() == Path(data).resolve(): raise FtkitError(f"{out} is the data itself: give --fix another file")
+    records, held = _unchecked(data, **source), load_data(held_out, quiet=True) if held_out else None
     report = diagnose(records, _tokenizer(model), held, max_length, without=without)
     click.echo(repr(report))
     if out:
@@ -569,13 +574,17 @@ def _diagnose(data, model, held_out, max_length, without, out):
     return FAILED if report.stops else DONE
 
 # %% ../nbs/91_cli.ipynb #unchecked
-def _unchecked(path: str) -> list:
-    "Every record of a file, those that cannot be trained on as well; lines that are no JSON are an error."
-    from ftkit.data import _decode, _entries, _parse
+def _unchecked(path: str, format: str | None = None, columns: tuple[str, ...] = (), split: str | None = None) -> list:
+    "Every record, those of a JSON file that cannot be trained on as well; lines that are no JSON are an error."
+    from ftkit.data import _decode, _entries, _parse, _Unreadable, plain_record
+    named = dict(pair.split("=", 1) for pair in columns)
+    if format or named or split or not Path(path).is_file() or not {".json", ".jsonl"} & set(Path(path).suffixes):
+        return [plain_record(record) for record in load_data(path, format, named, split, quiet=True)]
     name, entries = _entries(path)
     try:
         records = []
         for place, raw in entries:
+            if isinstance(raw, _Unreadable): raise FtkitError(f"{place}: {raw.reason}")
             try: records.append(_parse(_decode(raw) if isinstance(raw, bytes) else raw))
             except FtkitError as error: raise FtkitError(f"{place}: {error}") from None
     except FtkitError as error: raise FtkitError(f"{name}: {error}") from None
