@@ -623,8 +623,8 @@ def _with_objects(message: dict) -> dict:
         return call | {"function": function} if "function" in call else function
     return message | {"tool_calls": [opened(call) for call in message["tool_calls"]]} if message.get("tool_calls") else message
 
-def _conversation(record: dict, tokenizer: object) -> list[dict]:
-    messages, tools = [_with_objects(message) for message in to_messages(record)], tools_of(record)
+def _conversation(record: dict, tokenizer: object, messages: list[dict] | None = None) -> list[dict]:
+    messages, tools = [_with_objects(message) for message in messages or to_messages(record)], tools_of(record)
     if not tokenizer.chat_template and formats_of(record)[0] == "alpaca" and (record.get("input") or "").strip() and record["instruction"].strip():
         last = max(at for at, message in enumerate(messages) if message["role"] == "user")
         messages[last] = {"role": "user", "content": record["instruction"], "input": record["input"]}
@@ -961,9 +961,11 @@ def _tokens_of(conversations: list[list[dict]], tokenizer: object, places: list[
 
 # %% ../nbs/00_data.ipynb #trainable
 def _trainable(record: dict, tokenizer: object, place: str) -> list[dict]:
-    try: answer_of(record)
+    try:
+        messages = to_messages(record)
+        _check_answers(record, messages)
+        return _conversation(record, tokenizer, messages)
     except FtkitError as error: raise FtkitError(f"{place}: {error}") from None
-    return _conversation(record, tokenizer)
 
 # %% ../nbs/00_data.ipynb #encode-rows
 def _encode_rows(records: list[dict], tokenizer: object, max_length: int | None, places: list[str], control_tokens: bool = False, layouts: dict | None = None) -> tuple[list[dict], dict]:
