@@ -38,7 +38,7 @@ import platformdirs
 # %% ../nbs/00_data.ipynb #error
 class FtkitError(ValueError):
     "Something the user can mend; the message says in one line, or in a list of lines, what is wrong, where, what to do."
-    def __str__(self) -> str: return "\n".join(map(printable, super().__str__().split("\n")))
+    def __str__(self) -> str: return "\n".join(map(printable, super().__str__().strip().split("\n")))
 
 # %% ../nbs/00_data.ipynb #printable
 def printable(
