@@ -1370,7 +1370,7 @@ def _spread(numbers: list[int], count: int) -> list[int]:
 # %% ../nbs/00_data.ipynb #choices
 ORDERS: dict[str, Callable[[object, int, int], list[int]]] = {   # data, how many, seed
     "first": lambda data, count, seed: list(range(count)),
-    "random": lambda data, count, seed: random.Random(seed).sample(range(len(data)), count),
+    "random": lambda data, count, seed: random.Random(seed).sample(range(len(data)), count),  # noqa: S311 to look at, not to guess
     "length": lambda data, count, seed: _spread(_by_length(data), count),
     "longest": lambda data, count, seed: _by_length(data)[::-1][:count],
 }

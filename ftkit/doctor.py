@@ -649,7 +649,7 @@ def _language(text: str) -> str | None:
 # %% ../nbs/00b0_doctor.ipynb #languages-languages
 @_check("content", "rows in a rare language, and answers in another language than their question", "remove them, or collect more of that language", cost=15, extra="py3langid")
 def _languages(case):
-    sample = sorted(random.Random(0).sample(range(len(case.messages)), min(_SAMPLE, len(case.messages))))
+    sample = sorted(random.Random(0).sample(range(len(case.messages)), min(_SAMPLE, len(case.messages))))  # noqa: S311 a sample
     spoken = {row: (_language(_question(case.messages[row])), _language(case.answers[row] or "")) for row in sample}
     counts = Counter(code for pair in spoken.values() for code in pair if code)
     if not counts: return

@@ -170,6 +170,7 @@ def _own_options(**given) -> dict: return {name: value for name, value in given.
 def _check_own(options: dict):
     if options.get("on_out_of_memory") not in (None, "ask", "halve"): raise FtkitError(f"on_out_of_memory={options['on_out_of_memory']!r}: it is 'halve' or 'ask'")
     if options.get("dry_pass") not in (None, True, False): raise FtkitError(f"dry_pass={options['dry_pass']!r}: it is true or false")
+    if options.get("packing", False) not in (True, False, "auto"): raise FtkitError(f"packing is {options['packing']!r}: it is true, false or 'auto'")
 
 # %% ../nbs/00c_train.ipynb #settle-conflicts
 def _settle_conflicts(options: dict, given: dict) -> dict:
@@ -924,7 +925,6 @@ def _is_flat(self: Run) -> bool: return "flash" in str(_base(self.model).config.
 def _settle_packing(self: Run):
     "Refuse packing where it would be wrong; where it is left to ftkit, choose."
     asked = self.options.get("packing", False)
-    if asked not in (True, False, "auto"): raise FtkitError(f"packing is {asked!r}: it is true, false or 'auto'")
     if not asked: return
     noise = "NEFTune's noise is scaled by the length of a row" if self.options.get("neftune_noise_alpha") else None
     problem = noise or packing_problem(self.model, self.plan, self._is_flat())

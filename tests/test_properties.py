@@ -4,7 +4,7 @@ import logging
 import re
 
 import pytest
-from hypothesis import HealthCheck, assume, given, settings
+from hypothesis import HealthCheck, assume, example, given, settings
 from hypothesis import strategies as st
 from tiny_tokenizers import FAMILIES, byte_level, family
 from transformers import PreTrainedTokenizerFast
@@ -74,6 +74,7 @@ def test_text_mask_and_prompt(name):
 
     @MANY
     @given(conversations(name))
+    @example([{"role": "user", "content": "Without"}, {"role": "assistant", "content": "a mark."}])
     def holds(messages):
         record = {"messages": messages}
         row, prompt = encode(record, tokenizer, max_length=None), encode_prompt(record, tokenizer)

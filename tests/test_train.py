@@ -108,7 +108,7 @@ def test_a_held_rate_survives_a_resume_and_a_rate_given_at_resume_wins(tmp_path,
 
 def test_two_processes_cannot_train_one_run(tmp_path):
     run = new_run(tmp_path)
-    with run._locked(), pytest.raises(FtkitError, match="another process"):
+    with run._locked(), pytest.raises(FtkitError, match="another Run object of this process"):
         run.fit()
 
 
