@@ -424,7 +424,7 @@ class _Tally:
 # %% ../nbs/00a1_sources.ipynb #tally-2
 def _check_tally(tally: _Tally, name: str, advice: str):
     if tally.good and tally.bad <= tally.good: return
-    left_out = f"; {tally.bad:,} left out, the first is {tally.first_bad}"
+    left_out = f"; {tally.bad:,} left out, the first is {tally.first_bad}" if tally.bad else ""
     if not tally.good: raise FtkitError(f"{name}: no record in it{left_out}" + f" ({advice})" * bool(advice))
     raise FtkitError(f"{name}: more bad records than good ones ({tally.bad:,} of the first {tally.bad + tally.good:,}), so something else is wrong{left_out} ({advice or 'format= and columns= say how it is to be read'})")
 
