@@ -563,7 +563,8 @@ def _diagnose(data, model, held_out, max_length, without, out, **source):
     "Look for what is wrong with DATA, before anything is trained on it.\n\nExit code 1 if a finding would make training worthless."
     from ftkit.core import write_atomic
     from ftkit.doctor import diagnose, fix
-    if out and out.exists() and out.resolve() == Path(data).resolve(): raise FtkitError(f"{out} is the data itself: give --fix another file")
+    given = [Path(place).resolve() for place in (data, held_out) if place]
+    if out and out.exists() and {out.resolve(), *out.resolve().parents} & {*given}: raise FtkitError(f"{out} is data that was given: name another file for --fix")
     records, held = _unchecked(data, **source), load_data(held_out, quiet=True) if held_out else None
     report = diagnose(records, _tokenizer(model), held, max_length, without=without)
     click.echo(repr(report))
