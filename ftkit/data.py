@@ -37,8 +37,8 @@ import platformdirs
 
 # %% ../nbs/00_data.ipynb #error
 class FtkitError(ValueError):
-    "Something the user can mend; the message says in one line, or in a list of lines, what is wrong, where, what to do."
-    def __str__(self) -> str: return "\n".join(map(printable, super().__str__().strip().split("\n")))
+    "Something the user can mend; the message is one line: what is wrong, where, what to do."
+    def __str__(self) -> str: return printable(super().__str__())
 
 # %% ../nbs/00_data.ipynb #printable
 def printable(

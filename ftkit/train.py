@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['OWN_OPTIONS', 'OTHER_WAYS', 'CHECKPOINT_BUDGET', 'RING_COUNT', 'RING_BYTES', 'RING_SHARE', 'SNAPSHOT_COUNT',
            'SNAPSHOT_BUDGET', 'TIMES', 'PACKAGES', 'RETRY', 'PATIENCE', 'CHANGES', 'held_out_loss', 'activation_bytes',
-           'default_options', 'named_weights', 'Trainer', 'save_weights', 'load_weights', 'Run', 'weights_hash']
+           'default_options', 'named_weights', 'Trainer', 'save_weights', 'load_weights', 'Run', 'weights_hash',
+           'ChangedError']
 
 # %% ../nbs/00c_train.ipynb #exported-imports
 import atexit
@@ -2448,6 +2449,11 @@ def _edited(config: dict, checkpoint: Path) -> list[str]:
     before, now = json.loads((checkpoint / "ftkit.json").read_text()).get("options") or {}, json.loads(json.dumps(config["options"], default=str))
     return [f"option {printable(name)}: {printable(before.get(name))} then, {printable(now.get(name))} now" for name in {**before, **now} if before.get(name) != now.get(name)]
 
+# %% ../nbs/00c_train.ipynb #changed-error
+class ChangedError(FtkitError):
+    "What has changed since a run was trained, a line for each thing."
+    def __str__(self) -> str: return "\n".join(map(printable, self.args))
+
 # %% ../nbs/00c_train.ipynb #changes-class
 class _Changes:
     "What is not what it was when the run was last trained, and what of it is allowed."
@@ -2463,8 +2469,9 @@ class _Changes:
         "Raise, with the whole list, if something of these kinds has changed and is not allowed."
         refused = tuple(kind for kind in self.found if kind not in self.allow)
         if not set(kinds) & set(refused): return
-        listed, flags = "\n".join(f"- {line}" for line in self.lines(refused)), " ".join(f"--allow {kind}" for kind in refused)
-        raise FtkitError(f"{self.folder} would go on with other things than it was trained with:\n{listed}\nTo go on all the same: Run.open(folder, allow={refused}), or: ftkit resume {self.folder} {flags}")
+        listed, flags = [f"- {line}" for line in self.lines(refused)], " ".join(f"--allow {kind}" for kind in refused)
+        raise ChangedError(f"{self.folder} would go on with other things than it was trained with:", *listed,
+                           f"To go on all the same: Run.open(folder, allow={refused}), or: ftkit resume {self.folder} {flags}")
 
 
 def _compare(folder: Path, allow, config: dict, checkpoint: Path, *parts) -> _Changes:
