@@ -42,8 +42,8 @@ def tasks() -> list[dict]:
     hurt += [dict(case=FULL, act=act, first=first, every=every(many)) for act, first, many in (("exit", 3, 12), ("power", 9, 12))]
     hurt += [dict(case=case, act=act, first=first, every=4 if table.is_complete() else 80) for number, case in enumerate(OTHERS + LAYOUTS) for act, first in (("exit", 5 + 4 * number), ("power", 25 + 4 * number))]
     hurt += [dict(case=EXPORT, act=act, first=first, every=every(8)) for act, first in (("exit", 1), ("power", 3), ("full", 5))]
-    hurt += [dict(case={**case, "stops": [2, 4]}, act=act, first=first, every=every(many)) for case, many in ((LORA, 4), (PLAIN, 9)) for first, act in enumerate(DAMAGE, 1)]
-    hurt += [dict(case=PLAIN, act=act, every=every(25)) for act in ("exit", "power", "full", "error")]
+    hurt += [dict(case={**case, "stops": [2, 4]}, act=act, first=first, every=every(many)) for case, many in ((LORA, 1 if table.is_wanted() else 4), (PLAIN, 1 if table.is_wanted() else 9)) for first, act in enumerate(DAMAGE, 1)]
+    hurt += [dict(case=PLAIN, act=act, every=every(5 if table.is_wanted() else 25)) for act in ("exit", "power", "full", "error")]
     return hurt + controls()
 
 
