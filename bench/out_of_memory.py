@@ -22,7 +22,7 @@ def losses(gib, **more):
     model = LlamaForCausalLM(CONFIG).cuda()
     torch.cuda.empty_cache()
     torch.cuda.set_per_process_memory_fraction(min(1.0, gib * 2**30 / torch.cuda.get_device_properties(0).total_memory))
-    run = Run(model, TOKENIZER, RECORDS, root=tempfile.mkdtemp(), max_steps=6, per_device_train_batch_size=32, learning_rate=1e-4, save_steps=100, on_out_of_memory="halve", max_length=1024, allow=("cut",), **more)
+    run = Run(model, TOKENIZER, RECORDS, root=tempfile.mkdtemp(), max_steps=6, per_device_train_batch_size=32, learning_rate=1e-4, save_steps=100, on_out_of_memory="halve", max_length=1024, allow=("cut_answers", "held_out_in_training"), **more)
     run.fit()
     events, peak = run.history, torch.cuda.max_memory_allocated() / 2**30
     torch.cuda.reset_peak_memory_stats()
