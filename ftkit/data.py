@@ -10,6 +10,8 @@ __all__ = ['FORMATS', 'ALPACA_TEMPLATE', 'MOST_TOKENS', 'ORDERS', 'MOST_OF_FINDI
 
 # %% ../nbs/00_data.ipynb #exported-imports
 import codecs
+import contextlib
+import gc
 import gzip
 import hashlib
 import html
@@ -1140,6 +1142,16 @@ def _encode_kept(records: object, tables: Callable[[], Iterator], facts: dict, k
         _log.warning(f"the encoded rows cannot be kept ({error.strerror or error}) and stay in memory")
         return None, facts
 
+# %% ../nbs/00_data.ipynb #few-collections
+@contextlib.contextmanager
+def _few_collections() -> Iterator[None]:
+    "Let Python look for unreachable objects more rarely, unless that is so already."
+    before = gc.get_threshold()
+    if not 0 < before[0] < 50_000: yield; return
+    gc.set_threshold(50_000, *before[1:])
+    try: yield
+    finally: gc.set_threshold(*before)
+
 # %% ../nbs/00_data.ipynb #encode-data
 def encode_data(
     records: Iterable[dict],  # records as `load_records` gives them, or a datasets.Dataset of such
@@ -1153,11 +1165,12 @@ def encode_data(
     if not len(records): raise FtkitError("there is no record to encode")
     kept, facts = None, {}
     def tables(): return _encode_tables(records, facts, tokenizer, max_length, control_tokens)
-    if len(records) > 1000: kept, facts = _encode_kept(records, tables, facts, _cache_key(records, tokenizer, max_length, control_tokens))
-    if kept is None:
-        import pyarrow as pa
-        facts.clear()
-        kept = Dataset(pa.concat_tables(tables()))
+    with _few_collections():
+        if len(records) > 1000: kept, facts = _encode_kept(records, tables, facts, _cache_key(records, tokenizer, max_length, control_tokens))
+        if kept is None:
+            import pyarrow as pa
+            facts.clear()
+            kept = Dataset(pa.concat_tables(tables()))
     _report(facts, max_length)
     return kept
 

@@ -48,7 +48,7 @@ from trl import SFTConfig, SFTTrainer
 from .checkpoint import checkpoints, load_optimizer, load_rng, newest_checkpoint, paged_again, remove_folder, rng_state, save_optimizer, save_rng, set_aside, set_rng_state, sweep_temporary, verify_folder, write_folder
 from .control import Control, RemoteControl, confirmation, damaged_lines, read_journal, send, utc_now
 from .core import cache_dir, pick_device, pick_dtype, require, write_atomic
-from .data import FtkitError, _flat, collate, encode_data, encode_prompt, fingerprint, load_records, plain_record, printable, to_messages
+from .data import FtkitError, _flat, collate, encode_data, encode_prompt, fingerprint, load_records, plain_record, printable, template_difference, to_messages
 from .lens import lens
 from .loss import LossPlan, compile_layers, loss_plan, loss_sum, packing_problem, trained_tokens, uncompile_layers
 from .models import _base, _check_weights, _is_rewritten, base_fingerprint, base_name, generate, load_model, quantization, read_tokenizer
@@ -1091,11 +1091,18 @@ def _versions() -> dict[str, str]:
 
 # %% ../nbs/00c_train.ipynb #base-fingerprint
 def _base_fingerprint(model) -> str:
-    digest = hashlib.sha256()
+    digest, changed = hashlib.sha256(), _is_rewritten(model)
     for name, weight in sorted(model.named_parameters()):
-        if weight.requires_grad or ".base_layer." in name: continue
-        digest.update(weight.detach().as_subclass(torch.Tensor).flatten()[:64].cpu().contiguous().view(torch.uint8).numpy().tobytes())
+        if weight.requires_grad or ".base_layer." in name and (changed or not weight.is_floating_point()): continue
+        flat = weight.detach().as_subclass(torch.Tensor).flatten()
+        digest.update(flat[:64].cpu().contiguous().view(torch.uint8).numpy().tobytes() + str(_bit_sum(flat)).encode())
     return digest.hexdigest()
+
+
+def _bit_sum(flat: torch.Tensor) -> int:
+    "The sum of the numbers as the whole numbers that their bits are; a part at a time, since each part is widened."
+    whole = flat.contiguous().view({1: torch.uint8, 2: torch.int16, 4: torch.int32}.get(flat.element_size(), torch.int64))
+    return sum(part.sum(dtype=torch.int64).item() for part in whole.split(2**22))
 
 
 def _count_of(weight) -> int:
@@ -1823,7 +1830,7 @@ def _planned(self: Run, args, state):
 def _fail(self: Run, error: BaseException):
     text = "".join(traceback.format_exception(error))[-8000:]
     if not isinstance(error, KeyboardInterrupt):  # a second one, from somebody who wants to be out at once
-        with contextlib.suppress(Exception): self._save_newest()
+        with contextlib.suppress(Exception): self._save_newest() if self._marked else self._save_kept()
     self.state = "failed"
     with contextlib.suppress(FtkitError):
         self.journal.write("failed", step=self.step, tokens=self.tokens, error=f"{type(error).__name__}: {error}"[:2000], traceback=text, advice=_advice(error, self))
@@ -1841,6 +1848,16 @@ def _save_newest(self: Run):
     if self._marked is None or _is_gone(self.folder) or self._lock and self._lock.lost: return  # nothing is whole, or there is no place, or it is another writer's
     random, self.tokens, self.trained = self._marked
     set_rng_state(random)
+    self.trainer._save_checkpoint(self.trainer.model)
+
+# %% ../nbs/00c_train.ipynb #save-kept
+@patch
+def _save_kept(self: Run):
+    "The newest snapshot in memory as a checkpoint, unless something newer is on disk."
+    newest, _ = _newest_state(self.folder)
+    kept = self._ring.steps()[-1:]
+    if not kept or newest is not None and _step_of(newest) >= kept[0] or self._lock and self._lock.lost: return
+    self.trainer._restore(self._ring.find(kept[0]))
     self.trainer._save_checkpoint(self.trainer.model)
 
 # %% ../nbs/00c_train.ipynb #advice
@@ -1953,9 +1970,7 @@ def _back_to_whole(self: Run):
     "The state to go on from is on disk, and the training is to begin again from it."
     step = self.trainer.state.global_step
     if _is_sound(self.model): self._save_newest()
-    if self._on_disk(step) is None and (snapshot := self._ring.find(step)) is not None:
-        self.trainer._restore(snapshot)
-        self.trainer._save_checkpoint(self.trainer.model)
+    self._save_kept()
     newest, reasons = _newest_state(self.folder)
     if newest is None: raise FtkitError(f"{self.folder} has no sound checkpoint to go on from" + (f": {reasons[0]}" if reasons else ""))
     if _step_of(newest) == step: self._again = True
@@ -2474,11 +2489,20 @@ class _Changes:
                            f"To go on all the same: Run.open(folder, allow={refused}), or: ftkit resume {self.folder} {flags}")
 
 
-def _compare(folder: Path, allow, config: dict, checkpoint: Path, *parts) -> _Changes:
-    now = _as_it_is(config, *parts)
+def _compare(folder: Path, allow, config: dict, checkpoint: Path, model, tokenizer, *rows) -> _Changes:
+    now = _as_it_is(config, model, tokenizer, *rows)
     changes = _Changes(folder, allow, _changes_between(config, now, checkpoint), now)
+    if "template" in changes.found: changes.found["template"] += _template_lines(folder, tokenizer)
     changes.check("base", "data")
     return changes
+
+
+def _template_lines(folder: Path, tokenizer) -> list[str]:
+    "What the template given changes in the one that the run's folder has."
+    if not (folder / "tokenizer").is_dir(): return []
+    then, now = _read_tokenizer(folder).chat_template, tokenizer.chat_template
+    plain = lambda template: template if isinstance(template, str) else json.dumps(template, indent=1)
+    return template_difference(plain(then), plain(now)).splitlines()[2:]
 
 # %% ../nbs/00c_train.ipynb #allow-changes
 @patch
