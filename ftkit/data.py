@@ -152,6 +152,13 @@ def _tool_calls(message: dict, where: str) -> list[dict]:
 # %% ../nbs/00_data.ipynb #one-message
 _OLD_ROLES = {"developer": "system", "function": "tool"}
 
+def _weight(message: dict, where: str) -> dict:
+    "0 where an answer is to be context only."
+    weight = message.pop("weight", 1)
+    if message["role"] != "assistant": return {}
+    if weight not in (0, 1): raise FtkitError(f"field '{where}weight' is {printable(weight)[:40]!r}; an answer has 1 (trained) or 0 (context only)")
+    return {} if weight else {"weight": 0}
+
 def _message(message: object, position: int, field: str = "messages") -> dict:
     where = f"{field}[{position}]"
     if not isinstance(message, dict): raise FtkitError(f"field '{where}' is {_kind(message)}, not an object")
@@ -162,7 +169,8 @@ def _message(message: object, position: int, field: str = "messages") -> dict:
     if "tool_calls" in message or "function_call" in message:
         message["tool_calls"] = _tool_calls(message, where + ".")
         message.pop("function_call", None)
-    return message | {"role": role, "content": _content(message, where + ".")}
+    message |= {"role": role, "content": _content(message, where + ".")}
+    return message | _weight(message, where + ".")
 
 # %% ../nbs/00_data.ipynb #chat
 def _conversation_of(record: dict, field: str, messages: list[dict]) -> list[dict]:
@@ -748,7 +756,7 @@ def _text_span(text: str, tokenizer: object) -> tuple[int, int]:
 
 # %% ../nbs/00_data.ipynb #spans
 def _spans(conversations: list[list[dict]], texts: list[str], tokenizer: object, places: list[str]) -> list[list[tuple[int, int] | None]]:
-    "For each conversation the span of each of its answers in its text."
+    "For each conversation the span of each of its answers in its text; an empty one where it is context only by its weight."
     if not conversations: return []
     if all(map(_is_text, conversations)): return [[_text_span(text, tokenizer)] for text in texts]
     ending, close = _turn_ending(tokenizer)
@@ -760,7 +768,7 @@ def _spans(conversations: list[list[dict]], texts: list[str], tokenizer: object,
     spans, rendered = [[_text_span(text, tokenizer)] if _is_text(messages) else [] for messages, text in zip(conversations, texts)], iter(finished)
     for (row, turn), prompt in zip(turns, prompts):
         through = next(rendered) if conversations[row][turn + 1:] else texts[row]
-        try: spans[row].append(_answer_span(texts[row], prompt, through, ending, close))
+        try: spans[row].append(() if conversations[row][turn].get("weight") == 0 else _answer_span(texts[row], prompt, through, ending, close))
         except FtkitError as error: raise FtkitError(f"{places[row]}: {error}") from None
     return spans
 
@@ -979,7 +987,7 @@ def _encode_rows(records: list[dict], tokenizer: object, max_length: int | None,
         if any("tools" in message or "tool_calls" in message or message["role"] == "tool" for message in messages): _check_tools(messages, _render([messages], tokenizer, [place])[0], tokenizer, place)
     rows = [{"input_ids": ids[:max_length], "labels": labels[:max_length], "length": len(ids[:max_length]), "cut": len(ids) - len(ids[:max_length])}
             for ids, labels in tokens]
-    return rows, {"rewritten": sum(span is None for row in spans for span in row), "special": len(marked)}
+    return rows, {"rewritten": sum(span is None for row in spans for span in row), "context": sum(span == () for row in spans for span in row), "special": len(marked)}
 
 # %% ../nbs/00_data.ipynb #encode
 def encode(
@@ -1011,13 +1019,14 @@ def one_answer_per_record(
     pairs = [(record, to_messages(record)) for record in records]
     def beside(record): return {"tools": tools_of(record)} if tools_of(record) else {}
     return [record if message["role"] == "text" else {"messages": messages[:turn + 1], **beside(record)} for record, messages in pairs
-            for turn, message in enumerate(messages) if message["role"] in ("assistant", "text")]
+            for turn, message in enumerate(messages) if message["role"] in ("assistant", "text") and message.get("weight") != 0]
 
 # %% ../nbs/00_data.ipynb #report
 def _report(facts: dict, max_length: int | None) -> None:
     notes = [f"{facts['long']} longer than max_length={max_length}, {facts['cut']} tokens cut off their ends"] * bool(facts["long"])
     notes += [f"{facts['untrained']} left with no trained token"] * bool(facts["untrained"])
     notes += [f"{facts['rewritten']} earlier answers are context only, since the chat template rewrites them (one_answer_per_record trains them)"] * bool(facts["rewritten"])
+    notes += [f"{facts['context']} answers are context only, since their weight is 0"] * bool(facts["context"])
     notes += [f"{facts['special']} with special tokens in the text of a message, which are encoded as text (control_tokens=True makes them control tokens)"] * bool(facts["special"])
     if notes: _log.warning(f"{facts['rows']:,} row{'s' * (facts['rows'] != 1)}: " + "; ".join(notes))
 
@@ -1069,7 +1078,7 @@ def _encode_tables(records: Iterable[dict], facts: dict, tokenizer: object, max_
         yield table
 
 # %% ../nbs/00_data.ipynb #cache-key
-_ENCODING = 2   # goes up whenever a record's ids or labels change
+_ENCODING = 3   # goes up whenever a record's ids or labels change
 
 def _cache_key(records: Iterable[dict], tokenizer: object, max_length: int | None, control_tokens: bool) -> str:
     import tokenizers

@@ -313,7 +313,7 @@ def test_mixed_schemas_survive(tmp_path, step, monkeypatch):
 
 SCALARS = st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text(st.characters(exclude_categories=["Cs"]), max_size=8)
 VALUES = st.recursive(SCALARS, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(st.characters(exclude_categories=["Cs"]), max_size=4), inner, max_size=3), max_leaves=8)
-MESSAGES = st.lists(st.fixed_dictionaries({}, optional={"name": SCALARS, "extra": VALUES, "weight": SCALARS}), min_size=1, max_size=3)
+MESSAGES = st.lists(st.fixed_dictionaries({}, optional={"name": SCALARS, "extra": VALUES, "weight": st.sampled_from([None, 0, 1])}), min_size=1, max_size=3)
 RECORDS = st.builds(lambda base, extra: {**extra, **base}, st.sampled_from([GOOD, CHAT, {"text": "Once"}]), st.dictionaries(st.sampled_from(["a", "b", "c"]), VALUES, max_size=3))
 TURNS = MESSAGES.map(lambda extras: {"messages": [turn | extra for extra in extras for turn in CHAT["messages"]]})
 
