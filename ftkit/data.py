@@ -1125,13 +1125,14 @@ def _cached(place: Path) -> tuple[object, dict] | None:
     return None
 
 # %% ../nbs/00_data.ipynb #forget
-def _forget(cache: Path, most: int = 20 << 30) -> None:
-    "Remove the sets of rows that were not used for the longest time, until the rest holds `most` bytes."
-    sets = sorted((place for place in cache.iterdir() if (place / "rows.arrow").is_file() and place.name[0] != "."), key=lambda place: place.stat().st_mtime, reverse=True)
+def _forget(cache: Path, file: str = "rows.arrow", most: int = 20 << 30) -> None:
+    "Remove the sets, folders with this file, that were not used for the longest time, until the rest holds `most` bytes."
     total = 0
-    for place in sets:
-        total += (place / "rows.arrow").stat().st_size
-        if total > most: shutil.rmtree(place, ignore_errors=True)
+    with contextlib.suppress(OSError):   # another process tidies, too
+        sets = sorted((place for place in cache.iterdir() if (place / file).is_file() and place.name[0] != "."), key=lambda place: place.stat().st_mtime, reverse=True)
+        for number, place in enumerate(sets):
+            total += (place / file).stat().st_size
+            if number and total > most: shutil.rmtree(place, ignore_errors=True)
 
 # %% ../nbs/00_data.ipynb #encode-kept
 def _encode_kept(records: object, tables: Callable[[], Iterator], facts: dict, key: str) -> tuple[object | None, dict]:

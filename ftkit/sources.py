@@ -27,7 +27,7 @@ from pathlib import Path
 import platformdirs
 
 from .data import FORMATS, FtkitError, formats_of, plain_record, printable, to_messages
-from .data import _LAST_FORMATS, _LONGEST, _Unreadable, _checked, _file_items, _kind, _log, _open_bytes, _read_some, _reject
+from .data import _LAST_FORMATS, _LONGEST, _Unreadable, _checked, _file_items, _forget, _kind, _log, _open_bytes, _read_some, _reject
 
 # %% ../nbs/00a1_sources.ipynb #kind-of
 def _kind_of(value: object, depth: int = 0) -> object:
@@ -583,6 +583,8 @@ def _loaded(source: _Source, format: str | None, columns: dict, skip_bad: bool, 
     if folder is None or not (folder / "report.json").exists():
         if folder: shutil.rmtree(folder, ignore_errors=True)   # damaged by hand
         folder = _build(source, format, columns, skip_bad, rejected, key)
+    with contextlib.suppress(OSError): os.utime(folder)   # the last use, for `_forget`
+    _forget(folder.parent, "data.arrow")
     data, report = _open_built(folder)
     report.name = source.name
     if report.bad and not skip_bad: raise FtkitError(f"{source.name}: {report.first_bad}")

@@ -1580,8 +1580,8 @@ def _keep_on_disk(self: Run):
             write_folder(folder, self.trainer._write_state)
             self._thin(min(SNAPSHOT_COUNT, max(1, SNAPSHOT_BUDGET // _bytes_on_disk(folder))))
     except FtkitError as error:
-        self._disk.cost = math.inf
-        self.say(f"no more snapshots on disk: {error}")
+        self._disk.cost, self._disk.done = 600 * RING_SHARE, time.perf_counter()
+        self.say(f"no snapshots on disk, for ten minutes at least: {error}")
 
 
 @patch

@@ -310,7 +310,7 @@ def test_a_disk_that_takes_no_snapshot_does_not_end_the_run(tmp_path, whole, sna
     run = new_run(tmp_path)
     run.say = said.append
     assert is_whole(run.start().wait(), whole)
-    assert [text for text in said if "snapshots" in text] == ["no more snapshots on disk: cannot write: No space left on device"]
+    assert [text for text in said if "snapshots" in text] == ["no snapshots on disk, for ten minutes at least: cannot write: No space left on device"]
 
 
 def test_a_state_too_large_is_not_even_copied(tmp_path, whole, snapshots_each_step, monkeypatch):
