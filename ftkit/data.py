@@ -9,6 +9,7 @@ __all__ = ['FORMATS', 'ALPACA_TEMPLATE', 'MOST_TOKENS', 'ORDERS', 'MOST_OF_FINDI
            'rows_without_trained_tokens', 'fingerprint', 'BatchRow', 'BatchView', 'show_batch', 'collate']
 
 # %% ../nbs/00_data.ipynb #exported-imports
+import array
 import codecs
 import contextlib
 import gc
@@ -828,12 +829,14 @@ def _texts_and_spans(conversations: list[list[dict]], tokenizer: object, places:
     return texts, spans
 
 # %% ../nbs/00_data.ipynb #ids
-def _ids(texts: list[str], tokenizer: object) -> list[list[int]]:
+def _array(numbers: Iterable[int]) -> array.array: return array.array("i", numbers)
+
+def _ids(texts: list[str], tokenizer: object) -> list[array.array]:
     "Token ids of each text; the tokenizer's threads share the texts, and no offsets are kept, which saves a quarter of the time."
     backend = tokenizer.backend_tokenizer
     if backend.truncation is not None: backend.no_truncation()
     if backend.padding is not None: backend.no_padding()
-    return [encoding.ids for encoding in backend.encode_batch_fast(texts, add_special_tokens=False)]
+    return [_array(encoding.ids) for encoding in backend.encode_batch_fast(texts, add_special_tokens=False)]
 
 def _with_offsets(texts: list[str], tokenizer: object) -> object:
     return tokenizer(texts, add_special_tokens=False, return_attention_mask=False, return_token_type_ids=False, verbose=False)
@@ -847,23 +850,31 @@ def _anchor(tokenizer: object) -> str | None:
         skip = len(_ids([anchor], tokenizer)[0])
         after = _ids([anchor + right for right in rights], tokenizer)
         joined = [left + right[skip:] for left, right in zip(_ids(lefts, tokenizer), after)]
-        if [tokenizer.decode(ids, clean_up_tokenization_spaces=False) for ids in joined] == [a + b for a, b in zip(lefts, rights)]: return anchor
+        if [tokenizer.decode(ids.tolist(), clean_up_tokenization_spaces=False) for ids in joined] == [a + b for a, b in zip(lefts, rights)]: return anchor
     return None
 
 # %% ../nbs/00_data.ipynb #join-parts
-def _trained_counts(parts: list[tuple[str, int]], encoded: list[list[int]], tokenizer: object, close: str) -> list[int]:
+def _place_of(number: int, ids: array.array) -> int:
+    "Where a number first stands among ids, -1 if nowhere; looked for in the bytes, which is faster."
+    wanted, bytes = number.to_bytes(4, sys.byteorder), ids.tobytes()
+    at = bytes.find(wanted)
+    while at > 0 and at % 4: at = bytes.find(wanted, at + 1)
+    return at // 4
+
+def _trained_counts(parts: list[tuple[str, int]], encoded: list[array.array], tokenizer: object, close: str) -> list[int]:
     "Of each part's ids, how many belong to its first so many characters."
     mark_id = _ids([close], tokenizer)[0][-1]
     mark = tokenizer.convert_ids_to_tokens(mark_id)
-    sure = [not trained or text.find(mark) == trained - len(mark) and mark_id in ids for (text, trained), ids in zip(parts, encoded)]
-    counts = [ids.index(mark_id) + 1 if trained and found else 0 for (_, trained), ids, found in zip(parts, encoded, sure)]
+    ends = [_place_of(mark_id, ids) + 1 if trained else 0 for (_, trained), ids in zip(parts, encoded)]
+    sure = [not trained or end and text.find(mark) == trained - len(mark) for (text, trained), end in zip(parts, ends)]
+    counts = [end if found else 0 for end, found in zip(ends, sure)]
     unsure = [part for part, found in enumerate(sure) if not found]
     offsets = _with_offsets([parts[part][0] for part in unsure], tokenizer) if unsure else None
     for number, part in enumerate(unsure): counts[part] = offsets.char_to_token(number, parts[part][1] - 1) + 1
     return counts
 
 # %% ../nbs/00_data.ipynb #join-parts-together
-def _join_parts(texts: list[str], spans: list[list[tuple[int, int]]], tokenizer: object, anchor: str, close: str) -> list[tuple[list[int], list[int]]]:
+def _join_parts(texts: list[str], spans: list[list[tuple[int, int]]], tokenizer: object, anchor: str, close: str) -> list[tuple[array.array, array.array]]:
     parts, owners = [], []   # text and characters trained; row
     for row, (text, answers) in enumerate(zip(texts, spans)):
         cuts = [0, *(start for start, _ in answers), len(text)]
@@ -871,19 +882,19 @@ def _join_parts(texts: list[str], spans: list[list[tuple[int, int]]], tokenizer:
         parts += [(anchor + text[start:cut], len(anchor) + end - start) for (start, end), cut in zip(answers, cuts[2:])]
         owners += [row] * (len(answers) + 1)
     encoded, skipped = _ids([text for text, _ in parts], tokenizer), len(_ids([anchor], tokenizer)[0])
-    rows = [([], []) for _ in texts]
+    rows, skips = [(_array(()), _array(())) for _ in texts], _array([-100])
     for row, (_, trained), ids, count in zip(owners, parts, encoded, _trained_counts(parts, encoded, tokenizer, close)):
         if trained and skipped: ids, count = ids[skipped:], count - skipped
         rows[row][0].extend(ids)
-        rows[row][1].extend(ids[:count] + [-100] * (len(ids) - count))
+        rows[row][1].extend(ids[:count] + skips * (len(ids) - count))
     return rows
 
 # %% ../nbs/00_data.ipynb #whole
-def _tokenise_whole(texts: list[str], spans: list[list[tuple[int, int]]], tokenizer: object, places: list[str]) -> list[tuple[list[int], list[int]]]:
+def _tokenise_whole(texts: list[str], spans: list[list[tuple[int, int]]], tokenizer: object, places: list[str]) -> list[tuple[array.array, array.array]]:
     batch, rows = _with_offsets(texts, tokenizer), []
     for row, (text, answers) in enumerate(zip(texts, spans)):
-        ids = batch["input_ids"][row]
-        labels = [-100] * len(ids)
+        ids = _array(batch["input_ids"][row])
+        labels = _array([-100]) * len(ids)
         for start, end in answers:
             prompt = _ids([text[:start]], tokenizer)[0]
             if ids[:len(prompt)] != prompt:
@@ -895,7 +906,7 @@ def _tokenise_whole(texts: list[str], spans: list[list[tuple[int, int]]], tokeni
     return rows
 
 # %% ../nbs/00_data.ipynb #tokenise
-def _tokenise(texts: list[str], spans: list[list], tokenizer: object, places: list[str], close: str) -> list[tuple[list[int], list[int]]]:
+def _tokenise(texts: list[str], spans: list[list], tokenizer: object, places: list[str], close: str) -> list[tuple[array.array, array.array]]:
     "Ids and labels of each text, the answers at the spans that are not None trained; `close` is the text that ends them."
     anchor, kept = _anchor(tokenizer), [[span for span in row if span] for row in spans]
     if anchor is None: return _tokenise_whole(texts, kept, tokenizer, places)
@@ -936,7 +947,7 @@ def _protect(text: str, spans: list, special: re.Pattern, names: dict[str, str],
     return plain(text), [span and (len(plain(text[:span[0]])), len(plain(text[:span[1]]))) for span in spans]
 
 # %% ../nbs/00_data.ipynb #tokens-of-marked
-def _tokens_of_marked(conversations: list[list[dict]], tokenizer: object, places: list[str], prompt: bool) -> tuple[list[tuple[list[int], list[int]]], list[list]]:
+def _tokens_of_marked(conversations: list[list[dict]], tokenizer: object, places: list[str], prompt: bool) -> tuple[list[tuple[array.array, array.array]], list[list]]:
     "Ids and labels, and spans, of conversations in which special tokens are text."
     seen, special = set().union(*_strings(itertools.chain(*conversations))), _special_pattern(tokenizer)
     left, right = itertools.islice((char for char in map(chr, range(0xF0003, 0xFFFFD)) if char not in seen), 2)
@@ -950,7 +961,7 @@ def _tokens_of_marked(conversations: list[list[dict]], tokenizer: object, places
     spelled = {tokenizer.convert_tokens_to_ids(name) for name in names} - set(own)
     for place, (ids, _) in zip(places, rows):
         if spelled.intersection(ids): raise FtkitError(f"{place}: this tokenizer makes a special token of its name in a text, whatever is done; take it out of the text, or ask for control_tokens")
-    return [([own.get(i, i) for i in ids], [own.get(i, i) for i in labels]) for ids, labels in rows], spans
+    return [(_array(own.get(i, i) for i in ids), _array(own.get(i, i) for i in labels)) for ids, labels in rows], spans
 
 # %% ../nbs/00_data.ipynb #tokens-of
 def _tokens_of(conversations: list[list[dict]], tokenizer: object, places: list[str], control_tokens: bool, prompt: bool = False, layouts: dict | None = None) -> tuple[list, list, list[int]]:
@@ -978,6 +989,12 @@ def _trainable(record: dict, tokenizer: object, place: str) -> list[dict]:
     except FtkitError as error: raise FtkitError(f"{place}: {error}") from None
 
 # %% ../nbs/00_data.ipynb #encode-rows
+def _cut_row(ids: array.array, labels: array.array, max_length: int | None) -> dict:
+    "A row of at most so many tokens; most are not even copied."
+    over = max(0, len(ids) - (max_length or len(ids)))
+    if over: ids, labels = ids[:max_length], labels[:max_length]
+    return {"input_ids": ids, "labels": labels, "length": len(ids), "cut": over}
+
 def _encode_rows(records: list[dict], tokenizer: object, max_length: int | None, places: list[str], control_tokens: bool = False, layouts: dict | None = None) -> tuple[list[dict], dict]:
     "The rows, and counts for the report: answers that are context only because the template rewrote them, rows with special tokens as text."
     if max_length is not None and max_length < 1: raise FtkitError(f"max_length={max_length}: at least 1 token is needed")
@@ -985,9 +1002,7 @@ def _encode_rows(records: list[dict], tokenizer: object, max_length: int | None,
     tokens, spans, marked = _tokens_of(conversations, tokenizer, places, control_tokens, layouts=layouts)
     for place, messages in zip(places, conversations):
         if any("tools" in message or "tool_calls" in message or message["role"] == "tool" for message in messages): _check_tools(messages, _render([messages], tokenizer, [place])[0], tokenizer, place)
-    rows = [{"input_ids": ids[:max_length], "labels": labels[:max_length], "length": len(ids[:max_length]), "cut": len(ids) - len(ids[:max_length])}
-            for ids, labels in tokens]
-    return rows, {"rewritten": sum(span is None for row in spans for span in row), "context": sum(span == () for row in spans for span in row), "special": len(marked)}
+    return [_cut_row(*row, max_length) for row in tokens], {"rewritten": sum(span is None for row in spans for span in row), "context": sum(span == () for row in spans for span in row), "special": len(marked)}
 
 # %% ../nbs/00_data.ipynb #encode
 def encode(
@@ -997,7 +1012,8 @@ def encode(
     control_tokens: bool = False,  # special tokens in the text of a message are control tokens; else they are text
 ) -> dict:  # input_ids and labels, lists of `length` ids (labels are -100 where not trained), and `cut`, the tokens cut off at the end
     "One record as the loss sees it: each answer trained with its end-of-turn token, nothing else; raises FtkitError."
-    return _encode_rows([record], tokenizer, max_length, ["the record"], control_tokens)[0][0]
+    row = _encode_rows([record], tokenizer, max_length, ["the record"], control_tokens)[0][0]
+    return row | {name: row[name].tolist() for name in ("input_ids", "labels")}
 
 # %% ../nbs/00_data.ipynb #encode-prompt
 def encode_prompt(
@@ -1009,7 +1025,7 @@ def encode_prompt(
     messages = _conversation(record, tokenizer)
     if _is_text(messages): raise FtkitError("the record is plain text, which has no prompt; to generate, give a record with a question")
     if messages[-1]["role"] == "assistant": messages = messages[:-1]
-    return _tokens_of([messages], tokenizer, ["the record"], control_tokens, prompt=True)[0][0][0]
+    return _tokens_of([messages], tokenizer, ["the record"], control_tokens, prompt=True)[0][0][0].tolist()
 
 # %% ../nbs/00_data.ipynb #one-answer
 def one_answer_per_record(
@@ -1042,12 +1058,12 @@ def _table(rows: list[dict]) -> object:
     import pyarrow as pa
     lengths = np.fromiter((row["length"] for row in rows), np.int32, len(rows))
     borders = pa.array(np.concatenate([np.zeros(1, np.int32), np.cumsum(lengths, dtype=np.int32)]))
-    def ends(name): return pa.array(np.fromiter(itertools.chain.from_iterable(row[name] for row in rows), np.int32, int(lengths.sum())))
+    def ends(name): return pa.array(np.frombuffer(b"".join(row[name] for row in rows), np.int32))
     columns = {name: pa.ListArray.from_arrays(borders, ends(name)) for name in ("input_ids", "labels")}
     return pa.table(columns | {"length": lengths, "cut": np.fromiter((row["cut"] for row in rows), np.int32, len(rows))}, schema=_features().arrow_schema)
 
 # %% ../nbs/00_data.ipynb #encoded-chunks
-def _chunks(records: Iterable[dict], size: int = 1000) -> Iterator[list[dict]]:
+def _chunks(records: Iterable[dict], size: int = 500) -> Iterator[list[dict]]:
     if hasattr(records, "select"):
         for first in range(0, len(records), size): yield records.select(range(first, min(first + size, len(records)))).to_list()
     else:
@@ -1055,23 +1071,24 @@ def _chunks(records: Iterable[dict], size: int = 1000) -> Iterator[list[dict]]:
         while chunk := list(itertools.islice(rows, size)): yield chunk
 
 def _encoded_chunks(records: Iterable[dict], encode_chunk: Callable[[list[dict], list[str]], tuple]) -> Iterator[tuple]:
-    "What `encode_chunk` makes of the records and their places, in order; two chunks at work at most."
+    "What `encode_chunk` makes of the records and their places, in order; three chunks at work at most."
     first, waiting = 0, deque()
-    with ThreadPoolExecutor(2, thread_name_prefix="ftkit-encode") as pool:
+    with ThreadPoolExecutor(3, thread_name_prefix="ftkit-encode") as pool:
         for chunk in _chunks(records):
             waiting.append(pool.submit(encode_chunk, chunk, [f"row {first + row}" for row in range(len(chunk))]))
             first += len(chunk)
-            if len(waiting) > 2: yield waiting.popleft().result()
+            if len(waiting) > 3: yield waiting.popleft().result()
         while waiting: yield waiting.popleft().result()
 
 # %% ../nbs/00_data.ipynb #encode-tables
 def _encode_tables(records: Iterable[dict], facts: dict, tokenizer: object, max_length: int | None, control_tokens: bool) -> Iterator[object]:
     "Encoded rows as pyarrow tables; `facts` is filled on the way."
+    import numpy as np
     layouts = {}
     def work(chunk, places):
         rows, counts = _encode_rows(chunk, tokenizer, max_length, places, control_tokens, layouts)
         counts |= {"rows": len(rows), "long": sum(row["cut"] > 0 for row in rows), "cut": sum(row["cut"] for row in rows),
-                   "untrained": sum(max(row["labels"]) == -100 for row in rows)}
+                   "untrained": sum(bool((np.frombuffer(row["labels"], np.int32) == -100).all()) for row in rows)}
         return _table(rows), counts
     for table, counts in _encoded_chunks(records, work):
         for name, count in counts.items(): facts[name] = facts.get(name, 0) + count

@@ -185,7 +185,7 @@ _ENCODED = "the rows are encoded by ftkit.data.encode_data, not by TRL"
 OTHER_WAYS = dict(
     padding_free=(False, _ENCODED), eval_packing=(None, _ENCODED), assistant_only_loss=(False, _ENCODED),
     completion_only_loss=(None, _ENCODED), truncation_mode=("keep_start", _ENCODED), chat_template_path=(None, "set tokenizer.chat_template before the rows are encoded"),
-    pad_to_multiple_of=(None, "rows are padded to the longest of their batch"), torch_compile=(False, "give compile=True"),
+    pad_to_multiple_of=(None, "rows are padded to the longest of their batch"), torch_compile=(False, "give compile=True"), auto_find_batch_size=(False, "give on_out_of_memory='halve'"),
     save_only_model=(False, "a checkpoint always holds what a resume needs"), resume_from_checkpoint=(None, "use Run.open(folder)"),
 )
 

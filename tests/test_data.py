@@ -284,7 +284,7 @@ def test_cut_at_the_end(caplog):
 
 
 def test_chunks_do_not_show():
-    "Rows are encoded a thousand at a time; each is what it is alone, and errors count from the first row."
+    "Rows are encoded five hundred at a time; each is what it is alone, and errors count from the first row."
     tokenizer = family("smollm2")
     records = [{"instruction": f"{i}+1?", "output": str(i + 1)} for i in range(1003)]
     data = encode_data(records, tokenizer)
