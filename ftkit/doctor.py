@@ -60,8 +60,9 @@ _SECRETS = {  # what it is: words one of which stands in any such text, and its 
     "Slack token": ("xox", r"\bxox[abprs]-[\w-]{10,200}"),
     "signed token": ("eyJ", r"\beyJ[\w-]{8,4096}\.eyJ[\w-]{8,4096}\.[\w-]{8,4096}"),
     "private key": ("PRIVATE", r"-----BEGIN [A-Z ]{0,20}PRIVATE KEY-----[\s\S]{0,8192}?(?:-----END [A-Z ]{0,20}PRIVATE KEY-----|\Z)"),
-    "password": ("assword asswd api key secret token ASSWORD KEY SECRET TOKEN Secret Key Token", r"\b(?i:password|passwd|api[_-]?key|secret|access[_-]?token|auth[_-]?token)[\"']?\s{0,3}"
+    "password": ("assword asswd api key secret token ASSWORD KEY SECRET TOKEN Secret Key Token", r"(?<![A-Za-z])(?i:password|passwd|api[_-]?key|secret(?:[_-]access)?(?:[_-]?key)?|access[_-]?(?:key|token)|auth[_-]?token)[\"']?\s{0,3}"
                  r"(?:[:=]|\bis\b)\s{0,3}[\"']?(?=[^\s\"',;]{0,99}\d)(?=[^\s\"',;]{0,99}[A-Za-z])[^\s\"',;]{8,200}"),
+    "login": ("://", r"(?<=://)[^\s/:@]{1,64}:(?=[^\s/@]{0,199}\d)[^\s/@]{6,200}(?=@)"),
 }
 _SECRETS = {kind: (words.split(), re.compile(pattern)) for kind, (words, pattern) in _SECRETS.items()}
 
@@ -499,7 +500,7 @@ def _held_out_nearly_in_training(case):
     yield from _found(case, "held_out_nearly_in_training", pairs, f"asks nearly what held-out row {first} asks", fix="remove", text=lambda row: case.prompts[row])
 
 # %% ../nbs/00b0_doctor.ipynb #empty-answers
-_PLACEHOLDER = re.compile(r"\W*(?:todo|tbd|fixme|xxx+|lorem ipsum.*|insert (?:answer|text|response) here|(?:your )?(?:answer|response|output|text)(?: goes)? here|noinput|no ?output|nan|null|undefined)?\W*", re.IGNORECASE | re.DOTALL)
+_PLACEHOLDER = re.compile(r"\W*(?:todo|tbd|fixme|xxx+|lorem ipsum.*|insert [\w ]{1,40} here|n/a|(?:your )?(?:answer|response|output|text)(?: goes)? here|noinput|no ?output|nan|null|undefined)?\W*", re.IGNORECASE | re.DOTALL)
 
 # %% ../nbs/00b0_doctor.ipynb #empty-answers-empty-answers
 @_check("content", "answers without any text", "remove the rows", cost=0.3, safe=True)
@@ -605,7 +606,7 @@ def _mojibake(case):
     yield from _found(case, "mojibake", lost, "has characters that were lost when it was decoded", text=lambda row: _around(case.texts[row], re.compile("\ufffd")))
 
 # %% ../nbs/00b0_doctor.ipynb #control
-_CONTROL = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]|[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x84\x86-\x9f\ufeff\ufff9-\ufffb]")
+_CONTROL = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]|[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x84\x86-\x9f\u202d\u202e\ufeff\ufff9-\ufffb]")
 
 # %% ../nbs/00b0_doctor.ipynb #control-control-characters
 @_check("content", "control characters and terminal colours", "fix removes them", cost=3.0, safe=True)
@@ -643,7 +644,8 @@ _SAMPLE = 2000
 # %% ../nbs/00b0_doctor.ipynb #languages-language
 def _language(text: str) -> str | None:
     "The code of the language, None where there is too little text to say."
-    if text.lstrip()[:1] in "{[<" or len(re.findall(r"[^\W\d_]", text[:600])) < 40: return None
+    letters = re.findall(r"[^\W\d_]", text[:600])
+    if text.lstrip()[:1] in "{[<" or sum(1 + 2 * (letter >= "\u2e80") for letter in letters) < 40: return None   # a Chinese character says as much as three letters
     return require("py3langid", "doctor").classify(text[:600])[0]
 
 # %% ../nbs/00b0_doctor.ipynb #languages-languages

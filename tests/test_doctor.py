@@ -127,6 +127,24 @@ def test_secrets_are_shown_nowhere(secret):
 def test_what_is_no_secret_is_left_alone(text): assert mask(text) == text
 
 
+@pytest.mark.parametrize("answer", ["TODO", "N/A", "[insert description here]", "...", "<your answer here>"])
+def test_a_placeholder_is_no_answer(answer):
+    rows = [{"instruction": "What is it?", "output": answer}, {"instruction": "And this?", "output": "A stone, not applicable to glass."}]
+    [finding] = [f for f in diagnose(rows, family("smollm2")).findings if f.check == "placeholder_answers"]
+    assert finding.rows == (0,)
+
+
+def test_an_override_of_the_writing_direction_is_removed():
+    rows = [{"instruction": "Say it.", "output": "access \u202elevel\u200d"}]   # a joiner is part of some scripts
+    mended, changes = fix(rows, diagnose(rows, family("smollm2")))
+    assert (mended[0]["output"], len(changes)) == ("access level\u200d", 1)
+
+
+def test_short_chinese_is_told_from_english():
+    rows = [{"instruction": "用中文介绍一下长城，它有多长？", "output": "长城全长超过两万公里，是古代的防御工程。"}] * 3
+    assert any(f.message.startswith("languages: zh 100") for f in diagnose(rows, family("smollm2")).findings)
+
+
 def test_markup_is_shown_as_text():
     data = ask(("<script>alert(1)</script>", "x"), ("<script>alert(1)</script>", "x"))
     shown = diagnose(data, tiny_tokenizer())._repr_html_()
