@@ -184,10 +184,17 @@ def _conversation_of(record: dict, field: str, messages: list[dict]) -> list[dic
     if roles[:1] != ["user"]: raise FtkitError(f"field '{field}' must begin with a user message (a system message may stand before it)")
     return beside + messages
 
+def _turns(record: dict, field: str) -> list:
+    "The turns in a field, which may stand there as JSON text, as in a CSV file."
+    turns = record[field]
+    if isinstance(turns, str) and turns.lstrip().startswith("["):
+        try: turns = _parse(turns)
+        except FtkitError as error: raise FtkitError(f"field '{field}' is {error}") from None
+    if not isinstance(turns, list): raise FtkitError(f"field '{field}' is {_kind(turns)}, not a list")
+    return turns
+
 def _from_chat(record: dict) -> list[dict]:
-    messages = record["messages"]
-    if not isinstance(messages, list): raise FtkitError(f"field 'messages' is {_kind(messages)}, not a list")
-    return _conversation_of(record, "messages", [_message(message, position) for position, message in enumerate(messages)])
+    return _conversation_of(record, "messages", [_message(message, position) for position, message in enumerate(_turns(record, "messages"))])
 
 # %% ../nbs/00_data.ipynb #sharegpt-turn
 _SPEAKERS = {**dict.fromkeys(("human", "user", "prompter"), "user"), "system": "system", "developer": "system",
@@ -213,9 +220,7 @@ def _calls_in(text: str, where: str) -> list[dict]:
 # %% ../nbs/00_data.ipynb #sharegpt
 def _from_sharegpt(record: dict) -> list[dict]:
     field = "conversations" if record.get("conversations") is not None else "conversation"
-    turns = record[field]
-    if not isinstance(turns, list): raise FtkitError(f"field '{field}' is {_kind(turns)}, not a list")
-    messages = [_message(_speech(turn, f"{field}[{at}]"), at, field) for at, turn in enumerate(turns)]
+    messages = [_message(_speech(turn, f"{field}[{at}]"), at, field) for at, turn in enumerate(_turns(record, field))]
     return _conversation_of(record, field, messages)
 
 # %% ../nbs/00_data.ipynb #prompt-completion
@@ -295,7 +300,7 @@ def _field_of(record: dict, messages: list[dict], position: int) -> str:
     if name in ("alpaca", "text"): return {"alpaca": "output", "text": "text"}[name]
     if name.startswith("prompt"): return "completion"
     field = next(field for field in ("messages", "conversations", "conversation") if record.get(field) is not None)
-    return f"{field}[{position - len(messages) + len(_plain(record[field]))}].content"
+    return f"{field}[{position - len(messages) + len(_turns(plain_record(record), field))}].content"
 
 # %% ../nbs/00_data.ipynb #check-answers-2
 def _check_answers(record: dict, messages: list[dict]) -> None:

@@ -474,9 +474,11 @@ def _size(value: object) -> int:
 
 # %% ../nbs/00a1_sources.ipynb #take-3
 def _hint(raw: object, error: FtkitError) -> str:
-    if "its fields are" not in str(error) or isinstance(error, _Unclear): return ""
-    try: return "; " + _advice(json.loads(raw) if isinstance(raw, (str, bytes)) else raw)
+    one_lacks = str(error) in ("field 'completion' is missing", "field 'instruction' is missing")
+    if "its fields are" not in str(error) and not one_lacks or isinstance(error, _Unclear): return ""
+    try: advice = _advice(json.loads(raw) if isinstance(raw, (str, bytes)) else raw)
     except (ValueError, RecursionError): return ""
+    return "; " + advice if not one_lacks or " would make " in advice else ""
 
 # %% ../nbs/00a1_sources.ipynb #report-of
 def _report_of(source: _Source, tally: _Tally, kinds: dict) -> dict:
