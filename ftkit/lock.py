@@ -158,6 +158,7 @@ def hold_run(
     try: lock.acquire(timeout=0)
     except filelock.Timeout: raise FtkitError(_refusal(folder, read_owner(folder) or {})) from None
     except NotImplementedError: is_locked = False
+    except OSError as error: raise FtkitError(f"cannot open {folder / LOCK}: {error.strerror}; nobody trains in a folder that cannot be written") from None
     try:
         holder = Holder(folder / OWNER, *_claimed(folder, is_locked))
         try: yield holder
