@@ -12,6 +12,7 @@ __all__ = ['FORMATS', 'ALPACA_TEMPLATE', 'MOST_TOKENS', 'ORDERS', 'MOST_OF_FINDI
 import array
 import codecs
 import contextlib
+import datetime
 import gc
 import gzip
 import hashlib
@@ -22,6 +23,7 @@ import os
 import random
 import re
 import sys
+import time
 import zlib
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -658,11 +660,17 @@ def _strings(messages: list[dict]) -> list[str]:
     return found
 
 # %% ../nbs/00_data.ipynb #render-options
+def _at_the_fixed_date(template: str) -> str:
+    "A template in which the calls for today's date are that text."
+    date = datetime.date(2024, 7, 26)
+    return re.sub(r"""\bstrftime_now\(\s*(["'])((?:(?!\1)[^\\])*)\1\s*\)""", lambda call: repr(date.strftime(call[2])), template)
+
 def _render_options(tokenizer: object) -> dict:
     options = {"tokenize": False, "date_string": "26 Jul 2024"}
     if tokenizer.chat_template:
         _try_template(tokenizer.get_chat_template())
-        return options
+        dated = isinstance(tokenizer.chat_template, str) and "strftime_now(" in tokenizer.chat_template
+        return options | {"chat_template": _at_the_fixed_date(tokenizer.chat_template)} if dated else options
     if not tokenizer.eos_token: raise FtkitError("the tokenizer has neither a chat template nor an end-of-text token; set tokenizer.eos_token")
     adds_begin = tokenizer.bos_token is not None and tokenizer("a")["input_ids"][:1] == [tokenizer.bos_token_id]
     return options | {"chat_template": ALPACA_TEMPLATE, "begin_text": tokenizer.bos_token if adds_begin else ""}
@@ -1100,7 +1108,7 @@ def _encode_tables(records: Iterable[dict], facts: dict, tokenizer: object, max_
         yield table
 
 # %% ../nbs/00_data.ipynb #cache-key
-_ENCODING = 3   # goes up whenever a record's ids or labels change
+_ENCODING = 4   # goes up whenever a record's ids or labels change
 
 def _cache_key(records: Iterable[dict], tokenizer: object, max_length: int | None, control_tokens: bool) -> str:
     import tokenizers
@@ -1118,6 +1126,9 @@ def _publish(place: Path, tables: Iterable[object], facts: dict) -> None:
     from datasets.arrow_writer import ArrowWriter
     beside = place.with_name(f".{place.name[:16]}.{secrets.token_hex(4)}.tmp")
     beside.mkdir(mode=0o700, parents=True)
+    for old in beside.parent.glob(".*.tmp"):   # of a process that was killed
+        with contextlib.suppress(OSError):
+            if old.stat().st_mtime < time.time() - 86400: shutil.rmtree(old)
     try:
         with ArrowWriter(path=str(beside / "rows.arrow"), features=_features()) as writer:
             for table in tables: writer.write_table(table)
@@ -1460,10 +1471,12 @@ def show_batch(
     if hasattr(data, "keys"):
         if "input_ids" not in data: raise FtkitError(f"the data is a dictionary with the keys {', '.join(map(str, data))}; give one of its parts, or a batch with input_ids")
         data = _batch_rows(data)
+    if not hasattr(data, "__getitem__") or isinstance(data, (str, bytes)) or len(data) and not (hasattr(data[0], "keys") and {"input_ids", "labels"} <= data[0].keys()):
+        raise FtkitError("these are no encoded rows: give what encode_data(records, tokenizer) gives, or a batch")
     numbers, note = _chosen(data, rows, by, seed)
     for number in numbers:
-        if not 0 <= number < len(data): raise FtkitError(f"row {number} is not there; the data has {len(data)} rows")
-    return BatchView([_shown_row(number, data[number], tokenizer) for number in numbers], note)
+        if not hasattr(number, "__index__") or not 0 <= number < len(data): raise FtkitError(f"row {printable(number)[:40]} is not there; the data has {len(data)} rows")
+    return BatchView([_shown_row(int(number), data[int(number)], tokenizer) for number in numbers], note)
 
 # %% ../nbs/00_data.ipynb #collate
 def collate(

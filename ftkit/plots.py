@@ -17,6 +17,8 @@ from functools import cache
 import numpy as np
 from fastcore.basics import patch
 
+from .data import FtkitError
+
 # %% ../nbs/00a3_plots.ipynb #palette
 TEXT, MUTED, GRID, GROUND = "#212121", "#616161", "#e0e0e0", "#ffffff"  # as they are on white
 BLUE, SKY, ORANGE, GREEN, VERMILLION, PURPLE = "#0072b2", "#56b4e9", "#e69f00", "#009e73", "#d55e00", "#cc79a7"  # Okabe and Ito
@@ -242,13 +244,15 @@ def token_counts(
 ) -> dict[str, np.ndarray]:  # for each row, in tokens: prompt, response (the trained ones), cut (cut off at the end)
     "How long the rows are; a row of the data had prompt + response + cut tokens before it was cut."
     if isinstance(data, dict): return data
+    if not hasattr(data, "with_format"): data = list(data)
+    columns = data.column_names if hasattr(data, "column_names") else data[0] if data else ["labels"]
+    if "labels" not in columns: raise FtkitError("these rows are not encoded: give what encode_data(records, tokenizer) gives")
     if hasattr(data, "with_format"):
         names = [name for name in ("labels", "cut") if name in data.column_names]
         tables = list(data.select_columns(names).with_format("arrow").iter(4096))
         pairs = [_trained_in(part) for table in tables for part in table["labels"].chunks]
         cut = np.concatenate([table["cut"].to_numpy() for table in tables]) if "cut" in names and tables else 0
     else:
-        data = list(data)
         pairs = [(np.array([len(row["labels"]) for row in data], int), np.array([sum(label != -100 for label in row["labels"]) for row in data], int))]
         cut = np.array([row.get("cut") or 0 for row in data], int)
     length, response = (np.concatenate(part) if part else np.zeros(0, int) for part in (list(zip(*pairs)) or ((), ())))

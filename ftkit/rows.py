@@ -609,4 +609,7 @@ def browse(
     "Page through data as it is trained, filter it, mark rows for removal; no file but that of the marks is written. Raises FtkitError for a file that cannot be read."
     name = "the data"
     if isinstance(data, (str, Path)): data, name, marks = load_data(data, quiet=True), Path(data).name, f"{data}.marks.jsonl" if marks is None else marks
+    elif not isinstance(data, list) and not hasattr(data, "select"): data = load_data(data, quiet=True)
+    if report is not None and getattr(report, "size", len(data)) != len(data):
+        raise FtkitError(f"the report is of {report.size:,} rows, and {name} has {len(data):,}: diagnose the same data, load_data(...) of a file")
     return RowBrowser(data, tokenizer, report, model, None if marks is None else Path(marks), name)

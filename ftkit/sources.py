@@ -238,7 +238,7 @@ def _files_in(folder: Path, split: str | None) -> tuple[list[Path], list[Path]]:
     "The files to read, and the others."
     def fail(error: OSError): raise FtkitError(f"{folder}: {error.strerror}")
     found = sorted(Path(place) / name for place, _, names in os.walk(folder, onerror=fail) for name in names if not name.startswith("."))
-    files = [path for path in found if _reader(path) and not path.name.endswith("rejected.jsonl")]
+    files = [path for path in found if _reader(path) and not path.name.endswith(("rejected.jsonl", ".marks.jsonl"))]
     others = [path for path in found if path not in files]
     splits = {path: next((name for name, words in _SPLITS.items() if _words(path.relative_to(folder)) & words), None) for path in files}
     names = sorted({name for name in splits.values() if name})

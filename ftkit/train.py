@@ -171,7 +171,7 @@ def _own_options(**given) -> dict: return {name: value for name, value in given.
 def _check_own(options: dict):
     if options.get("on_out_of_memory") not in (None, "ask", "halve"): raise FtkitError(f"on_out_of_memory={options['on_out_of_memory']!r}: it is 'halve' or 'ask'")
     if options.get("dry_pass") not in (None, True, False): raise FtkitError(f"dry_pass={options['dry_pass']!r}: it is true or false")
-    if options.get("packing", False) not in (True, False, "auto"): raise FtkitError(f"packing is {options['packing']!r}: it is true, false or 'auto'")
+    if not isinstance(options.get("packing", False), bool) and options["packing"] != "auto": raise FtkitError(f"packing is {options['packing']!r}: it is true, false or 'auto'")
 
 # %% ../nbs/00c_train.ipynb #settle-conflicts
 def _settle_conflicts(options: dict, given: dict) -> dict:
@@ -923,12 +923,19 @@ def _is_flat(self: Run) -> bool: return "flash" in str(_base(self.model).config.
 
 
 @patch
+def _packing_problem(self: Run) -> str | None:
+    try: return packing_problem(self.model, self.plan, self._is_flat())
+    except Exception as error: return f"it could not be tried with this model ({printable(error)[:100]})"  # noqa: BLE001 any model may come
+
+
+@patch
 def _settle_packing(self: Run):
     "Refuse packing where it would be wrong; where it is left to ftkit, choose."
     asked = self.options.get("packing", False)
     if not asked: return
     noise = "NEFTune's noise is scaled by the length of a row" if self.options.get("neftune_noise_alpha") else None
-    problem = noise or packing_problem(self.model, self.plan, self._is_flat())
+    others = self.options.get("loss_type", "nll") != "nll" or (self.options.get("label_smoothing_factor") or 0) > 0 or getattr(_base(self.model).config, "output_router_logits", False)
+    problem = noise or ("TRL's own loss (loss_type, label_smoothing_factor, an auxiliary loss) does not keep samples apart" if others else self._packing_problem())
     if problem and asked is True: raise FtkitError(f"packing=True: {problem}; leave packing out")
     self.options["packing"], why = (False, problem) if problem else (True, "asked for") if asked is True else self._try_packing()
     self.say(f"packing {'on' if self.options['packing'] else 'off'}: {why}")

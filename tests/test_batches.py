@@ -241,3 +241,21 @@ def test_another_number_of_rows_to_a_step_is_told(tmp_path, monkeypatch):
 def test_an_order_for_several_processes_is_refused(tmp_path):
     with pytest.raises(FtkitError, match="train_sampling_strategy='batch_rebalance' has no effect on Run: there are group_by_length, random, sequential"):
         new_run(tmp_path, train_sampling_strategy="batch_rebalance")
+
+
+@pytest.mark.parametrize("options", [dict(label_smoothing_factor=0.1), dict(loss_type="dft")])
+def test_packing_gives_way_to_trls_loss_when_it_is_left_to_ftkit(tmp_path, options, monkeypatch):
+    monkeypatch.setattr(Run, "_try_packing", lambda self: (True, "forced"))
+    assert new_run(tmp_path, packing="auto", **options).options["packing"] is False
+    with pytest.raises(FtkitError, match="TRL's own loss"):
+        new_run(tmp_path, packing=True, **options)
+
+
+def test_packing_is_not_tried_where_the_trial_breaks(tmp_path, monkeypatch):
+    def breaks(*args): raise AttributeError("no last_hidden_state")
+    monkeypatch.setattr(training, "packing_problem", breaks)
+    assert new_run(tmp_path, packing="auto").options["packing"] is False
+    with pytest.raises(FtkitError, match="could not be tried.*last_hidden_state"):
+        new_run(tmp_path, packing=True)
+    with pytest.raises(FtkitError, match="packing is 1"):
+        new_run(tmp_path, packing=1)

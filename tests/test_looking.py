@@ -6,7 +6,7 @@ import sys
 import pytest
 from datasets import Dataset
 
-from ftkit.data import encode, encode_data, show_batch
+from ftkit.data import FtkitError, encode, encode_data, show_batch
 from ftkit.doctor import diagnose
 from ftkit.lens import show_losses
 from ftkit.models import tiny_model
@@ -119,3 +119,41 @@ def test_no_file_but_the_marks_is_written(tmp_path):
     assert file.read_bytes() == before and [path.name for path in tmp_path.iterdir() if path != file] == ["data.jsonl.marks.jsonl"]
     assert len(browser.data) == 7 and len(without_marked(load_data(file, quiet=True), tmp_path / "data.jsonl.marks.jsonl")) == 7
     browser.close()
+
+
+def test_the_marks_beside_a_file_are_no_data(tmp_path):
+    file = tmp_path / "chats.jsonl"
+    file.write_text("".join(json.dumps(dict(instruction=str(number), output="x")) + "\n" for number in range(6)))
+    model, tokenizer = tiny_model()
+    browse(file, tokenizer).mark_all.click()
+    assert (tmp_path / "chats.jsonl.marks.jsonl").exists()
+    assert len(load_data(tmp_path, quiet=True)) == 6 and len(load_data(tmp_path, quiet=True, skip_bad=False)) == 6
+
+
+def test_a_report_of_other_data_is_refused(tmp_path):
+    records = [dict(instruction=str(number), output="x" * (number != 2)) for number in range(9)]
+    file = tmp_path / "odd.jsonl"
+    file.write_text("".join(json.dumps(record) + "\n" for record in records))
+    tokenizer = tiny_model()[1]
+    with pytest.raises(FtkitError, match="the report is of 9 rows, and odd.jsonl has 8"):
+        browse(file, tokenizer, diagnose(records, tokenizer))
+
+
+@pytest.mark.parametrize("data", [[dict(text="x")], Dataset.from_list([dict(text="x")]), "rows.jsonl", [1, 2]])
+def test_records_are_no_batch(data):
+    with pytest.raises(FtkitError, match="no encoded rows"):
+        show_batch(data, tiny_model()[1])
+
+
+@pytest.mark.parametrize("number", ["3", 2.5, None, 99])
+def test_a_row_that_is_not_there(number):
+    _, tokenizer = tiny_model()
+    with pytest.raises(FtkitError, match="is not there; the data has 1 rows"):
+        show_batch([encode(dict(instruction="a", output="b"), tokenizer)], tokenizer, rows=[number])
+
+
+def test_a_template_that_asks_the_clock_gets_the_fixed_date():
+    _, tokenizer = tiny_model()
+    tokenizer.chat_template = "{{ strftime_now(\"%d %B %Y\") }}" + tokenizer.chat_template
+    row = encode(dict(instruction="a", output="b"), tokenizer)
+    assert tokenizer.decode(row["input_ids"]).startswith("26 July 2024")
