@@ -221,7 +221,7 @@ class RowBrowser(Board):
         super().__init__()
         self.rows, self.tokenizer, self.findings, self.model, self.path, self.name = data, tokenizer, list(report.findings if report is not None else ()), model, path, name
         self.found, self.page, self.fixed, self._trouble = np.arange(len(data)), 0, [], ""
-        self._marks, self._seen, self._marked, self._measured, self._sets, self._drawn = [], object(), {}, {}, {}, {}
+        self._marks, self._seen, self._marked, self._unknown, self._measured, self._sets, self._drawn = [], object(), {}, 0, {}, {}, {}
         self._data, self.changes = data, []  # after the fixes, and what they did
         self._halt, self._idle = threading.Event(), threading.Event()
         self._idle.set()
@@ -417,7 +417,7 @@ def _read_marks(self: RowBrowser):
     try: now = (state := os.stat(self.path)).st_mtime_ns, state.st_size
     except (OSError, TypeError): now = None
     if self.path is None: self._marked = {mark["row"]: mark for mark in self._marks}
-    elif now != self._seen: self._marked, self._seen = _marked_rows(self.rows, read_marks(self.path))[0], now
+    elif now != self._seen: (self._marked, self._unknown), self._seen = _marked_rows(self.rows, read_marks(self.path)), now
 
 # %% ../nbs/00c9_rows.ipynb #reading-marks-mark
 @patch
@@ -477,8 +477,9 @@ LEGENDS = ("<u>trained</u> &nbsp;<span>context</span> &nbsp;↵ newline", '<span
 def _head(self: RowBrowser) -> str:
     kept = "kept in memory only: give marks='a file.jsonl'" if self.path is None else f"kept in {_says(self.path.name, 120)}"
     some = f"{len(self.found):,} of {len(self.rows):,} rows" if len(self.found) != len(self.rows) else f"{len(self.rows):,} rows"
+    lost = f", {self._unknown:,} marks fit no row" if self._unknown else ""
     return (f'<div class="ftk-head" role="status"><b>{_says(self.name, 120)}</b><span>{some}</span><span>{len(self._marked):,} marked for removal</span>'
-            f'<span class="ftk-muted">marks are {kept}</span></div>')
+            f'<span class="ftk-muted">marks are {kept}{lost}</span></div>')
 
 # %% ../nbs/00c9_rows.ipynb #filling
 @patch

@@ -157,3 +157,10 @@ def test_a_template_that_asks_the_clock_gets_the_fixed_date():
     tokenizer.chat_template = "{{ strftime_now(\"%d %B %Y\") }}" + tokenizer.chat_template
     row = encode(dict(instruction="a", output="b"), tokenizer)
     assert tokenizer.decode(row["input_ids"]).startswith("26 July 2024")
+
+
+def test_marks_that_fit_no_row_are_counted(tmp_path):
+    records = [dict(instruction=str(number), output="x") for number in range(9)]
+    tokenizer = tiny_model()[1]
+    browse(records, tokenizer, marks=tmp_path / "marks.jsonl").mark_all.click()
+    assert "3 marks fit no row" in browse(records[:6], tokenizer, marks=tmp_path / "marks.jsonl")._head()
